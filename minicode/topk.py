@@ -1,0 +1,113 @@
+"""The search: for every activation, the k codes that are most similar to it.
+
+`definition` is the specification, in four lines of PyTorch. `topk_codes` returns the same ids, but
+works through the rows in chunks, so that the N x C matrix of scores is never stored.
+"""
+
+import torch
+
+SIMILARITIES = ("cosine", "distance", "dot")
+CHUNK = 1 << 21  # scores held at a time: 8 MB of float32
+
+
+def definition(x, codes, k, similarity):
+    """x (G, N, d), codes (G, C, d) -> scores, ids (G, N, k), best first; equal scores: the lower id first."""
+    scale, offset = scale_and_offset(codes, similarity)
+    scores = (x.float() @ codes.float().mT) * scale + offset
+    scores, ids = scores.masked_fill(scores.isnan(), -torch.inf).sort(dim=-1, descending=True, stable=True)
+    return scores[..., :k], ids[..., :k]
+
+
+def scale_and_offset(codes, similarity):
+    """Every similarity is x·c * scale + offset, with one scale and one offset a code; both (G, 1, C).
+
+    cosine: x·c / |c|, where the norm of x changes no rank (and a code of norm 0 scores 0);
+    distance: x·c - |c|²/2, which ranks as -|x - c|² does; dot: x·c.
+    """
+    norm = torch.linalg.vector_norm(codes, dim=-1, dtype=torch.float64).unsqueeze(-2)
+    scale, offset = torch.ones_like(norm), torch.zeros_like(norm)
+    if similarity == "cosine":
+        scale = torch.where(norm > 0, 1 / norm, 0)
+    elif similarity == "distance":
+        offset = -0.5 * norm.square()
+    return scale.float(), offset.float()
+
+
+def topk_codes(x, codes, k=1, similarity="cosine"):
+    """The k best codes for each row of x: `(scores, ids)`, float32 and int64, best first.
+
+    x (..., d) with codes (C, d), giving (..., k); or x (..., G, d) with codes (G, C, d), giving
+    (..., G, k): G codebooks, searched in one call. Any float type; computed in float32. A NaN score loses
+    to every number. Not differentiable: `Codebook` does the gradients.
+
+    Raises TypeError or ValueError, which names the argument and what was expected.
+    Paper: section 2.1, "the k most similar codes"; similarity="cosine" is the paper's.
+    """
+    _check(x, codes, k, similarity)
+    if codes.dim() == 2:
+        scores, ids = torch.ops.minicode.topk_codes(x.reshape(1, -1, x.shape[-1]), codes[None], k, similarity)
+        return scores.view(*x.shape[:-1], k), ids.view(*x.shape[:-1], k)
+    n_groups, _, dim = codes.shape
+    rows = x.reshape(-1, n_groups, dim).transpose(0, 1)  # (G, N, d)
+    scores, ids = torch.ops.minicode.topk_codes(rows, codes, k, similarity)
+    shape = (*x.shape[:-1], k)  # (..., G, k)
+    return scores.transpose(0, 1).reshape(shape), ids.transpose(0, 1).reshape(shape)
+
+
+@torch.library.custom_op("minicode::topk_codes", mutates_args=())
+def _search(x: torch.Tensor, codes: torch.Tensor, k: int, similarity: str) -> tuple[torch.Tensor, torch.Tensor]:
+    # An operator of its own, so that torch.compile sees one node and autocast cannot halve its precision.
+    scores, ids = _empty(x, codes, k, similarity)
+    with torch.autocast(x.device.type, enabled=False):
+        scale, offset = scale_and_offset(codes, similarity)
+        table = (codes.float() * scale.mT).mT  # (G, d, C)
+        step = max(1, CHUNK // (codes.shape[0] * codes.shape[1]))
+        for start in range(0, x.shape[1], step):
+            rows = slice(start, start + step)
+            scores[:, rows], ids[:, rows] = _best(torch.baddbmm(offset, x[:, rows].float(), table), k)
+    return scores, ids
+
+
+@_search.register_fake
+def _empty(x, codes, k, similarity):
+    shape = (x.shape[0], x.shape[1], k)
+    return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int64)
+
+
+def _best(scores, k):
+    """The first k of a stable descending sort of (G, n, C) scores, without sorting them all."""
+    if k == 1:
+        best, ids = scores.max(dim=-1, keepdim=True)  # the first of equals; but a NaN wins here
+        if not best.isnan().any():
+            return best, ids
+    scores = scores.masked_fill(scores.isnan(), -torch.inf)
+    best, ids = scores.topk(k, dim=-1)
+    ids, order = ids.sort(dim=-1)
+    best, order = best.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    ids = ids.gather(-1, order)
+    tied = (scores >= best[..., -1:]).sum(-1) > k  # topk may have kept the wrong ones of equal scores
+    if tied.any():
+        values, columns = scores[tied].sort(dim=-1, descending=True, stable=True)
+        best[tied], ids[tied] = values[:, :k], columns[:, :k]
+    return best, ids
+
+
+def _check(x, codes, k, similarity):
+    for name, value in (("x", x), ("codes", codes)):
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+            raise TypeError(f"{name} must be a tensor of float32, float16 or bfloat16, not {kind}")
+    if codes.dim() not in (2, 3):
+        raise ValueError(f"codes must be (C, d) or (G, C, d), not {tuple(codes.shape)}")
+    tail = codes.shape[-1:] if codes.dim() == 2 else (codes.shape[0], codes.shape[2])
+    if x.shape[-len(tail):] != tuple(tail) or x.shape[-1] == 0:
+        wanted = ", ".join(str(n) for n in tail)
+        raise ValueError(f"x must be (..., {wanted}) to go with codes {tuple(codes.shape)}, not {tuple(x.shape)}")
+    if x.device != codes.device:
+        raise ValueError(f"x is on {x.device} but codes are on {codes.device}")
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise TypeError(f"k must be an int, not {type(k).__name__}")
+    if not 1 <= k <= codes.shape[-2]:
+        raise ValueError(f"k must be from 1 to the {codes.shape[-2]} codes of the codebook, not {k}")
+    if similarity not in SIMILARITIES:
+        raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}, not {similarity!r}")

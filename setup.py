@@ -1,0 +1,12 @@
+from setuptools import setup
+
+setup(
+    name="minicode",
+    version="0.1.0",
+    description="Codebook features: hidden states as short lists of codes, to read and to control",
+    license="MIT",
+    packages=["minicode"],
+    python_requires=">=3.10",
+    install_requires=["torch>=2.6", "ninja", "numpy", "tqdm"],
+    extras_require={"test": ["pytest"]},
+)
