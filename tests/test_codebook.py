@@ -1,0 +1,177 @@
+"""Codebook against the plain formula, and what it does to its codes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minicode import Codebook
+from minicode.codebook import perplexity
+from minicode.topk import definition
+
+
+def plain(a, codes, k, similarity):
+    """The method in three lines: a (N, G, d), codes (G, C, d)."""
+    _, ids = definition(a.detach().transpose(0, 1), codes.detach(), k, similarity)  # (G, N, k)
+    q = torch.stack([codes[g][ids[g]].sum(1) for g in range(len(codes))], dim=1)  # (N, G, d)
+    return q, q + (a - a.detach())
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "distance"])
+@pytest.mark.parametrize("k, groups", [(1, 1), (1, 4), (3, 1), (3, 4)])
+def test_output_losses_and_gradients_equal_autograd_of_the_plain_formula(k, groups, similarity):
+    torch.manual_seed(0)
+    book = Codebook(11, 6, k, groups, similarity)
+    x = torch.randn(5, 7, groups * 6, requires_grad=True)
+    weight = torch.randn(5, 7, groups * 6)
+    out = book(x)
+    loss = (out * weight).sum() + 2 * book.autoencoding + 3 * book.commitment
+    got = torch.autograd.grad(loss, (x, book.codes))
+
+    a = x.view(35, groups, 6)
+    q, plain_out = plain(a, book.codes, k, similarity)
+    torch.testing.assert_close(out.view(35, groups, 6), plain_out)
+    torch.testing.assert_close(book.autoencoding, F.mse_loss(q, a))
+    plain_loss = (plain_out.view(5, 7, -1) * weight).sum() + 2 * F.mse_loss(q, a.detach()) + 3 * F.mse_loss(a, q.detach())
+    for one, other in zip(got, torch.autograd.grad(plain_loss, (x, book.codes))):
+        torch.testing.assert_close(one, other)
+
+
+def test_straight_through_hands_the_gradient_on_unchanged():
+    book, x = Codebook(9, 4), torch.randn(3, 4, requires_grad=True)
+    weight = torch.randn(3, 4)
+    (book(x) * weight).sum().backward()
+    assert torch.equal(x.grad, weight)
+
+
+def test_output_is_the_sum_of_codes_to_the_last_bit():
+    book = Codebook(9, 4, k=2)
+    out = book(torch.randn(3, 4))
+    for row, ids in zip(out, book.ids[:, 0]):
+        assert torch.equal(row, book.codes[0, ids[0]] + book.codes[0, ids[1]])
+
+
+def test_gradient_accumulation_adds_up():
+    book, x = Codebook(9, 4), torch.randn(8, 4)
+    for part in (x, x[:4], x[4:]):
+        book(part)
+        (book.autoencoding * len(part)).backward()
+        if part is x:
+            whole, book.codes.grad = book.codes.grad.clone(), None
+    torch.testing.assert_close(book.codes.grad, whole)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_codes_are_moving_averages_of_what_they_are_assigned(k):
+    torch.manual_seed(0)
+    book = Codebook(5, 3, k, groups=2, decay=0.9, similarity="distance")
+    with torch.no_grad():
+        book.average_count.fill_(0.2)
+        book.average_sum.copy_(0.2 * book.codes)
+    before, x = book.codes.clone(), torch.randn(40, 6)
+    q = book(x).view(40, 2, 3)
+    ids, a = book.ids, x.view(40, 2, 3)
+    book.update()
+    for g in range(2):
+        for c in range(5):
+            chosen = (ids[:, g] == c).any(-1)
+            target = (a[chosen, g] - q[chosen, g] + before[g, c]).sum(0)
+            n = chosen.sum()
+            count, total = 0.9 * 0.2 + 0.1 * n / (40 * k), 0.9 * 0.2 * before[g, c] + 0.1 * target / (40 * k)
+            torch.testing.assert_close(book.codes[g, c].data, total / count)
+    assert not book.codes.requires_grad
+
+
+def test_a_fixed_point_stays():
+    """Codes that are the means of what they are assigned do not move."""
+    book = Codebook(3, 2, decay=0.5, similarity="distance")
+    x = torch.tensor([[0.0, 0.0], [0.0, 2.0], [10.0, 0.0], [10.0, 4.0], [20.0, 0.0]])
+    book.start(x, generator=torch.Generator().manual_seed(0))
+    before = book.codes.clone()
+    for _ in range(5):
+        book(x)
+        book.update()
+    torch.testing.assert_close(book.codes.data, before.data)
+
+
+def test_start_finds_separate_clusters_and_rare_ones():
+    torch.manual_seed(0)
+    centres = 100 * torch.randn(30, 2, 4)
+    which = torch.cat((torch.arange(30), torch.randint(2, (3000,))))  # 28 of the 30 clusters have one member
+    book = Codebook(40, 4, groups=2, similarity="distance")
+    book.start((centres[which] + 0.01 * torch.randn(len(which), 2, 4)).flatten(1))
+    q = book.eval()(centres.flatten(1)).view(30, 2, 4)
+    assert (q - centres).abs().max() < 0.1
+
+
+def test_dead_codes_are_revived_with_their_moments():
+    torch.manual_seed(0)
+    book = Codebook(8, 2, groups=2, similarity="distance")
+    with torch.no_grad():
+        book.codes[:, 4:] += 1000.0  # four codes of each group that nothing will choose
+    optimizer = torch.optim.AdamW([book.codes], lr=1e-3)
+    x = torch.randn(200, 4)
+    book(x)
+    (book.autoencoding + book(x).sum()).backward()
+    optimizer.step()
+    book.update()
+    moments = optimizer.state[book.codes]
+    moments["exp_avg"].fill_(1.0)
+    alive = book.codes[:, :4].clone()
+    assert book.revive(optimizer) == 8
+    assert torch.equal(book.codes[:, :4], alive) and book.codes.abs().max() < 100
+    for code in book.codes[0, 4:].data:  # each is one of the inputs now
+        assert (x.view(-1, 2, 2)[:, 0] == code).all(-1).any()
+    assert (moments["exp_avg"][:, 4:] == 0).all() and (moments["exp_avg"][:, :4] == 1).all()
+    assert book.usage.sum() == 0
+
+
+def test_nothing_dead_nothing_changes():
+    book = Codebook(2, 2, similarity="distance")
+    book.codes.data = torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]])
+    book(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
+    book.update()
+    before = book.codes.clone()
+    assert book.revive() == 0 and torch.equal(book.codes, before)
+
+
+def test_evaluation_changes_nothing():
+    book = Codebook(6, 3, decay=0.9)
+    book(torch.randn(9, 3))
+    book.update()
+    before = {name: value.clone() for name, value in book.state_dict().items()}
+    book.eval()
+    book(torch.randn(50, 3))
+    assert all(torch.equal(value, before[name]) for name, value in book.state_dict().items())
+    assert book.new_count.sum() == 0
+
+
+def test_usage_is_counted_and_saved():
+    book = Codebook(6, 3, k=2, groups=2)
+    for _ in range(3):
+        book(torch.randn(10, 6))
+        book.update()
+    assert book.usage.sum(-1).tolist() == [60, 60]
+    other = Codebook(6, 3, k=2, groups=2)
+    book.enabled = False
+    other.load_state_dict(book.state_dict())
+    assert torch.equal(other.usage, book.usage) and not other.enabled
+
+
+def test_perplexity():
+    counts = torch.tensor([[5.0, 5.0, 5.0, 5.0], [7.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
+    torch.testing.assert_close(perplexity(counts), torch.tensor([4.0, 1.0, 2.0]))
+
+
+def test_float32_inside_autocast():
+    book, x = Codebook(50, 16, k=4), torch.randn(20, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = book(x)
+    assert torch.equal(out, book(x))
+    assert book(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_bad_sizes():
+    with pytest.raises(ValueError, match="k must be from 1 to the 4 codes"):
+        Codebook(4, 2, k=5)
+    with pytest.raises(ValueError, match="8 codes need as many inputs"):
+        Codebook(8, 2).start(torch.randn(7, 2))
