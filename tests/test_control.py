@@ -1,0 +1,214 @@
+"""Interventions: a no-op is one to the last bit, and every other one does exactly what it says."""
+
+import pytest
+import torch
+from conftest import make_model, make_tokens
+
+from minicode import block, force, record
+from minicode.control import Code
+
+
+def run(model, tokens):
+    """Logits, and the outputs of all codebooks."""
+    outputs = {}
+    hooks = [
+        codebook.register_forward_hook(lambda module, inputs, output, name=name: outputs.update({name: output}))
+        for name, codebook in model.codebooks().items()
+    ]
+    logits = model(tokens)[0]
+    for hook in hooks:
+        hook.remove()
+    return logits, outputs
+
+
+@pytest.mark.parametrize("train_mode", [False, True])
+@pytest.mark.parametrize("k", [1, 3])
+def test_forcing_the_active_codes_changes_nothing_to_the_last_bit(k, train_mode, fsm):
+    model, tokens = make_model(k=k).train(train_mode), make_tokens(fsm)
+    with record(model) as codes:
+        before, _ = run(model, tokens)
+    with force(model, {name: ids[:, 4] for name, ids in codes.items()}, position=4):
+        after, _ = run(model, tokens)
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("train_mode", [False, True])
+@pytest.mark.parametrize("name, text", [("mlp.1", "mlp.1.{}@4"), ("head.1", "head.1.1.{}@4")])
+def test_forcing_another_changes_the_output_by_the_difference_of_the_codes(name, text, train_mode, fsm):
+    model, tokens = make_model("head,mlp", k=1).train(train_mode), make_tokens(fsm)
+    group, codebook = (1 if name == "head.1" else 0), model.codebooks()[name]
+    with record(model) as codes:
+        _, before = run(model, tokens)
+    old = codes[name][:, 4, group, 0]  # (B,)
+    new = (int(old.max()) + 1) % codebook.n_codes
+    with force(model, text.format(new)), record(model) as codes:
+        _, after = run(model, tokens)
+    assert (codes[name][:, 4, group, 0] == new).all()
+    wanted = before[name].clone().unflatten(-1, (codebook.groups, -1))
+    wanted[:, 4, group] += codebook.codes[group, new] - codebook.codes[group, old]
+    torch.testing.assert_close(after[name], wanted.flatten(-2))
+    untouched = [p for p in range(8) if p != 4]
+    assert torch.equal(after[name][:, untouched], before[name][:, untouched])
+    exact = after[name].unflatten(-1, (codebook.groups, -1))[:, 4, group]
+    assert torch.equal(exact, codebook.codes[group, new].expand_as(exact))
+
+
+def test_a_forced_code_takes_the_place_of_the_weakest(fsm):
+    model, tokens = make_model("mlp", k=3), make_tokens(fsm, n=1)
+    with record(model) as codes:
+        model(tokens)
+    best, second, third = codes["mlp.0"][0, 5, 0].tolist()
+    spare, other = [c for c in range(32) if c not in (best, second, third)][:2]
+
+    def chosen(*forced):
+        with force(model, [f"mlp.0.{c}@5" for c in forced]), record(model) as codes:
+            model(tokens)
+        return codes["mlp.0"][0, 5, 0].tolist()
+
+    assert chosen(spare) == [best, second, spare]
+    assert chosen(spare, other) == [best, other, spare]
+    assert chosen(third) == chosen(second, third) == [best, second, third]
+    assert chosen(spare, third) == [best, spare, third]  # the weakest is forced itself: the next one yields
+    with force(model, f"mlp.0.{third}@5"):  # and the same when the two are forced by nested blocks
+        assert chosen(spare) == [best, spare, third]
+
+
+def test_blocked_codes_never_fire_and_the_next_best_takes_over(fsm):
+    model, tokens = make_model("head,mlp", k=2), make_tokens(fsm)
+    codebook = model.codebooks()["mlp.0"]
+    inputs = []
+    hook = codebook.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    with record(model) as codes:
+        model(tokens)
+    hook.remove()
+    ranked = codebook.search(inputs[0].unsqueeze(2), extra=2)  # (B, T, 1, 4)
+    first, third = ranked[0, 3, 0, 0].item(), ranked[0, 3, 0, 2].item()
+    with block(model, [f"mlp.0.{first}", f"mlp.0.{third}"]), record(model) as codes:
+        model(tokens)
+    assert not ((codes["mlp.0"] == first) | (codes["mlp.0"] == third)).any()
+    assert codes["mlp.0"][0, 3, 0].tolist() == ranked[0, 3, 0, [1, 3]].tolist()
+    with block(model, f"mlp.0.{first}@3"), record(model) as codes:
+        model(tokens)
+    assert codes["mlp.0"][0, 3, 0].tolist() == ranked[0, 3, 0, [1, 2]].tolist()
+    others = [p for p in range(8) if p != 3]
+    assert torch.equal(codes["mlp.0"][:, others], ranked[:, others, :, :2])
+
+
+def test_all_but_k_codes_blocked(fsm):
+    model = make_model("mlp", k=2)
+    with block(model, [f"mlp.0.{c}" for c in range(30)]), record(model) as codes:
+        model(make_tokens(fsm))
+    assert (codes["mlp.0"].sort(-1).values == torch.tensor([30, 31])).all()
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_positions_while_generating(use_cache, fsm):
+    model, prompt = make_model("mlp", k=1), make_tokens(fsm, n=2, length=4)
+    codes_at = {}
+
+    def note(codebook, inputs, output):
+        for row, position in enumerate(model.span):
+            codes_at[position] = codebook.ids[:, row, 0, 0].tolist()
+
+    model.codebooks()["mlp.1"].register_forward_hook(note)
+    with force(model, ["mlp.1.7@-1", "mlp.1.9@6"]):
+        model.generate(prompt, 6, generator=torch.Generator().manual_seed(0), use_cache=use_cache)
+    assert codes_at[3] == [7, 7] and codes_at[6] == [9, 9]
+    assert all(codes_at[p] != [7, 7] or p == 3 for p in codes_at)
+    with force(model, "mlp.1.5", position=slice(-1, None)):
+        model.generate(prompt, 6, generator=torch.Generator().manual_seed(0), use_cache=use_cache)
+    assert all((codes_at[p] == [5, 5]) == (p >= 3) for p in codes_at)
+
+
+def test_cached_equals_uncached_under_control(fsm):
+    model, prompt = make_model("head,mlp", k=2), make_tokens(fsm, n=8, length=3)
+    with force(model, ["mlp.0.3", "head.1.0.2@5"]), block(model, "mlp.1.4"):
+        runs = [model.generate(prompt, 9, 0, use_cache=cached) for cached in (True, False)]
+    assert torch.equal(*runs)
+
+
+def test_leaving_a_block_restores_the_model(fsm):
+    model, tokens = make_model(), make_tokens(fsm)
+    before = model(tokens)[0]
+    with pytest.raises(RuntimeError), force(model, "mlp.0.3"), block(model, "mlp.1.2"):
+        raise RuntimeError
+    with pytest.raises(ValueError), force(model, ["mlp.0.3", "mlp.0.99"]):
+        pass
+    assert torch.equal(model(tokens)[0], before)
+    assert all(codebook.control is None for codebook in model.codebooks().values())
+
+
+def test_codes_for_each_sequence(fsm):
+    model, tokens = make_model("head", k=1), make_tokens(fsm)
+    ids = torch.tensor([[[1], [2]], [[3], [4]], [[5], [6]]])  # (B, G, k)
+    with force(model, {"head.0": ids}, position=2), record(model) as codes:
+        model(tokens)
+    assert torch.equal(codes["head.0"][:, 2], ids)
+
+
+def test_record_joins_cached_passes_and_begins_anew_without(fsm):
+    model, prompt = make_model("head,mlp"), make_tokens(fsm, n=2, length=3)
+    with record(model) as codes:
+        tokens = model.generate(prompt, 5, 0)
+        cached = {name: ids.clone() for name, ids in codes.items()}
+        model(tokens[:, :-1])
+    assert all(torch.equal(codes[name], cached[name]) for name in codes) and cached["mlp.0"].shape == (2, 7, 1, 2)
+
+
+def test_notation():
+    model = make_model()
+    for text in ("mlp.1.27", "head.0.1.7", "mlp_mid.0.3@4", "block.1.0@-1"):
+        assert str(Code.parse(text, model)) == text
+
+
+@pytest.mark.parametrize(
+    "code, words",
+    [
+        ("mlp.1", r"'mlp.1' is not a code: write mlp.LAYER.CODE .* as in mlp.1.527@4"),
+        ("mlp.1.-1", "is not a code"),
+        ("mlp.1.5@x", "is not a code"),
+        ("mpl.1.5", "there is no site 'mpl'; the sites are head, attn"),
+        ("mlp.7.5", "has no codebook at mlp.7; it has them at head.0, mlp.0"),
+        ("attn.0.5", "has no codebook at attn.0; it has them at"),
+        ("mlp.1.32", "mlp.1 has no code 32; its codes are 0 to 31"),
+        ("head.0.2.1", "head.0 has no head 2; its heads are 0 to 1"),
+        ("head.0.5", "head.LAYER.HEAD.CODE"),
+        ("mlp.1.5@12", "a position is less than the block_size of 12"),
+        ({"mlp.1": [[-1]]}, "its codes are 0 to 31, not -1 to -1"),
+        ({"head.0": [[1]]}, r"ids must be \(2, k\) or \(B, 2, k\)"),
+        ({"mpl.1": [[1]]}, "no codebook at mpl.1"),
+        (["mlp.0.1", "mlp.0.2", "mlp.0.3"], "at most 2 codes can be forced at a site, not 3"),
+    ],
+)
+def test_codes_that_can_not_be_forced(code, words):
+    with pytest.raises(ValueError, match=words), force(make_model("head,mlp"), code):
+        pass
+
+
+def test_contradictions(fsm):
+    model = make_model("mlp", k=2)
+    with pytest.raises(ValueError, match="mlp.0.3 is both forced and blocked"):
+        with force(model, "mlp.0.3@2"), block(model, "mlp.0.3"):
+            pass
+    with force(model, "mlp.0.3@2"), block(model, "mlp.0.3@4"):
+        model(make_tokens(fsm))
+    with pytest.raises(ValueError, match="codes for 3 sequences, but the input has 2"):
+        with force(model, {"mlp.0": torch.zeros(3, 1, 1, dtype=torch.long)}):
+            model(make_tokens(fsm, n=2))
+    with pytest.raises(ValueError, match="at most 30 codes can be blocked"), block(
+        model, [f"mlp.0.{c}" for c in range(31)]
+    ):
+        pass
+    model.use_codebooks(False)
+    with pytest.raises(ValueError, match="switched off"), force(model, "mlp.0.3"):
+        pass
+    with pytest.raises(ValueError, match="it has none at all"), force(make_model("none"), "mlp.0.3"):
+        pass
+
+
+def test_an_intervention_that_never_acted_is_an_error(fsm):
+    model = make_model("mlp")
+    with pytest.raises(ValueError, match="mlp.0.3@9 had no effect"), force(model, "mlp.0.3@9"):
+        model(make_tokens(fsm, length=8))
+    with pytest.raises(ValueError, match="before the start of the prompt"), force(model, "mlp.0.3@-9"):
+        model(make_tokens(fsm, length=8))
