@@ -1,0 +1,238 @@
+"""TokFSM (paper, section 4.1): a finite state machine, written as digits, whose ground truth is known.
+
+N states; each goes to one of n_edges random successors with equal probability. State 38 is written as the
+tokens 3 8, so the network never sees a state, only digits. A sequence is BOS, then states:
+
+    BOS 3 8 0 7 9 1 ...     the states 38 -> 07 -> 91, the tokens [10, 3, 8, 0, 7, 9, 1, ...]
+"""
+
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from minicode.control import force, record
+from minicode.model import choose, evaluating, option
+
+DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass
+class FSM:
+    """A machine made from its numbers. `successors` is (N, n_edges); `transition_matrix` (N, N) float64, rows sum to 1."""
+
+    n_states: int = option(100, "states of the machine")
+    n_edges: int = option(10, "successors of a state, all equally probable")
+    base: int = option(10, "base in which a state is written")
+    seed: int = option(0, "seed of the machine's edges", flag=False)
+
+    def __post_init__(self):
+        if self.n_states < 2 or not 2 <= self.base <= len(DIGITS) or not 1 <= self.n_edges <= self.n_states:
+            raise ValueError(
+                f"a machine needs n_states >= 2, a base from 2 to 36 and n_edges from 1 to n_states, "
+                f"not {self.n_states}, {self.base} and {self.n_edges}"
+            )
+        self.digits = 1  # a state's length in tokens
+        while self.base**self.digits < self.n_states:
+            self.digits += 1
+        self.bos, self.vocab_size = self.base, self.base + 1
+        every = np.tile(np.arange(self.n_states), (self.n_states, 1))
+        edges = np.random.default_rng(self.seed).permuted(every, axis=1)[:, : self.n_edges]
+        self.connect(np.sort(edges, axis=1))
+
+    def connect(self, successors):
+        """Sets the machine's edges: (N, n_edges), different states in each row."""
+        self.successors = successors
+        self.transition_matrix = np.zeros((self.n_states, self.n_states))
+        np.put_along_axis(self.transition_matrix, successors, 1 / self.n_edges, axis=1)
+
+    # -- states and tokens
+
+    def encode(self, states):
+        """States (...) as digits (..., digits), the highest first."""
+        powers = self.base ** np.arange(self.digits)[::-1]
+        return np.asarray(states)[..., None] // powers % self.base
+
+    def decode(self, tokens):
+        """Digits (..., T) as states (..., T // digits); -1 where they are none (BOS among them, or N and above)."""
+        tokens = np.asarray(tokens)
+        n = tokens.shape[-1] // self.digits
+        digits = tokens[..., : n * self.digits].reshape(*tokens.shape[:-1], n, self.digits)
+        states = digits @ self.base ** np.arange(self.digits)[::-1]
+        return np.where((digits < self.base).all(-1) & (states < self.n_states), states, -1)
+
+    def allowed(self, states):
+        """Which transitions of states (..., n) the machine allows: bool (..., n - 1)."""
+        before, after = states[..., :-1], states[..., 1:]
+        return (before >= 0) & (after >= 0) & (self.transition_matrix[before, after] > 0)
+
+    def sequences(self, rng, n, length):
+        """n sequences of `length` tokens, BOS included: int64 (n, length). The first state is uniform."""
+        n_states = -(-(length - 1) // self.digits)
+        states = np.empty((n, n_states), dtype=np.int64)
+        states[:, 0] = rng.integers(self.n_states, size=n)
+        choices = rng.integers(self.n_edges, size=(n, n_states))
+        for i in range(1, n_states):
+            states[:, i] = self.successors[states[:, i - 1], choices[:, i]]
+        tokens = np.full((n, 1 + n_states * self.digits), self.bos)
+        tokens[:, 1:] = self.encode(states).reshape(n, -1)
+        return tokens[:, :length]
+
+    def name(self, state):
+        """A state for people: its digits, such as "07"; "??" for a -1 of decode."""
+        return "".join(DIGITS[d] for d in self.encode(state)) if state >= 0 else "?" * self.digits
+
+    def show(self, tokens):
+        """A sequence (T,) from BOS on, for people: its states, with an x before one that may not follow."""
+        states = self.decode(tokens[1:])
+        marks = ["", *(" -> " if ok else " -x " for ok in self.allowed(states))]
+        return "".join(mark + self.name(state) for mark, state in zip(marks, states))
+
+    def prompt(self, text):
+        """BOS and the states that a text names, such as "38" or "38 07": tokens (1, T)."""
+        digits = "".join(text.lower().split())
+        valid = DIGITS[: self.base]
+        if not set(digits) <= set(valid):
+            raise ValueError(f"prompt {text!r}: write states as digits ({valid}), such as {self.name(self.n_states // 3)}")
+        tokens = [valid.index(digit) for digit in digits]
+        if len(tokens) % self.digits or -1 in self.decode(tokens):
+            last = self.name(self.n_states - 1)
+            raise ValueError(f"prompt {text!r} is not a list of states: they are {self.name(0)} to {last}")
+        return torch.tensor([[self.bos, *tokens]])
+
+    # -- ground truth
+
+    def loss_floor(self, length):
+        """The entropy of the source, in nats a token, over the `length` tokens that follow BOS.
+
+        No model's expected loss is lower. Exact: the first state, the distribution over states as it
+        changes from step to step, and a state cut off by the end are all counted as they are.
+        """
+        # digit_entropy[j, s]: entropy of the j-th digit of the next state, given state s and the digits before.
+        uniform = np.full((1, self.n_states), 1 / self.n_states)
+        rows = np.concatenate((self.transition_matrix, uniform))  # the last row: the first state, out of nothing
+        joint = [self._prefix_entropy(rows, j) for j in range(self.digits + 1)]
+        digit_entropy = np.diff(joint, axis=0)  # chain rule
+        source = np.zeros(self.n_states + 1)
+        source[-1] = 1.0
+        total = 0.0
+        for i in range(length):
+            total += source @ digit_entropy[i % self.digits]
+            if i % self.digits == self.digits - 1:
+                source = np.append(source @ rows, 0.0)
+        return float(total / length)
+
+    def _prefix_entropy(self, rows, n_digits):
+        """Entropy of the first n_digits digits of a state drawn from each row of probabilities, in nats."""
+        prefixes = np.arange(self.n_states) // self.base ** (self.digits - n_digits)
+        p = np.zeros((len(rows), prefixes.max() + 1))
+        np.add.at(p.T, prefixes, rows.T)
+        return -(p * np.log(np.where(p > 0, p, 1))).sum(1)
+
+    # -- measures of a model
+
+    def transition_accuracy(self, model, generator=None, n=100):
+        """Of n sequences sampled from BOS alone, the share of transitions that the machine allows."""
+        start = torch.full((n, 1), self.bos, device=model.device)
+        tokens = model.generate(start, model.config.block_size, generator=generator)
+        return float(self.allowed(self.decode(tokens[:, 1:].cpu())).mean())
+
+    def next_state_probabilities(self, model):
+        """Probability of each next state after the prompt BOS s, for every state s: (N, N), rows sum to at most 1."""
+        prefixes = np.arange(self.base ** (self.digits - 1))
+        tails = self.encode(prefixes)[:, 1:]  # (P, digits - 1): all but the last digit of the next state
+        tables = []
+        for states in np.array_split(np.arange(self.n_states), max(1, self.n_states * len(prefixes) // 2000)):
+            heads = np.concatenate((np.full((len(states), 1), self.bos), self.encode(states)), axis=1)
+            tokens = np.concatenate((heads.repeat(len(prefixes), 0), np.tile(tails, (len(states), 1))), axis=1)
+            with evaluating(model):
+                logits, _ = model(torch.from_numpy(tokens).to(model.device))
+            log_p = logits[:, -self.digits :].double().log_softmax(-1)[..., : self.base].cpu().numpy()
+            log_p = log_p.reshape(len(states), len(prefixes), self.digits, self.base)
+            total = log_p[:, :, -1]  # (S, P, base): the last digit, given the prefix
+            for j in range(self.digits - 1):
+                total = total + log_p[:, np.arange(len(prefixes)), j, tails[:, j], None]
+            tables.append(np.exp(total.reshape(len(states), -1)[:, : self.n_states]))
+        return np.concatenate(tables)
+
+    def first_transition_accuracy(self, model):
+        """For every state as the prompt: the overlap of the n_edges most probable next states with the true ones."""
+        best = np.argsort(-self.next_state_probabilities(model), axis=1, kind="stable")[:, : self.n_edges]
+        return float((np.take_along_axis(self.transition_matrix, best, axis=1) > 0).mean())
+
+    def measures(self, model, seed):
+        """What only the machine's ground truth can tell of a model; the training loop adds the rest."""
+        generator = torch.Generator(model.device).manual_seed(seed)
+        return {
+            "transition_accuracy": self.transition_accuracy(model, generator),
+            "first_transition_accuracy": self.first_transition_accuracy(model),
+        }
+
+    # -- control
+
+    def runs(self, states):
+        """The prompts BOS s for states (n): tokens (n, 1 + digits)."""
+        states = np.asarray(states)
+        return torch.from_numpy(np.concatenate((np.full((len(states), 1), self.bos), self.encode(states)), axis=1))
+
+    def steer(self, model, tokens, b, sites, generator=None, random_codes=False):
+        """Continues runs (n, T) by one state each, as if they were in the states b (n): tokens (n, T + digits).
+
+        At every digit, the codes are forced at `sites` that a run in b has there: at the last digit of the
+        run, those of BOS b; at a digit d sampled after it, those of BOS b d; and so on. Or random ones.
+        """
+        tokens, b_run = tokens.to(model.device), self.runs(b).to(model.device)
+        with ExitStack() as forced, evaluating(model):
+            for _ in range(self.digits):
+                with record(model) as codes:
+                    model(b_run)
+                here = {site: codes[site][:, -1] for site in sites}  # (n, G, k)
+                if random_codes:
+                    here = {site: random_like(ids, model.codebooks()[site], generator) for site, ids in here.items()}
+                forced.enter_context(force(model, here, position=tokens.shape[1] - 1))
+                logits, _ = model(tokens)
+                new = choose(logits[:, -1].float(), generator=generator)
+                tokens, b_run = torch.cat((tokens, new), dim=1), torch.cat((b_run, new), dim=1)
+        return tokens
+
+    def control(self, model, sites, seed=0, random_codes=False):
+        """The share of next states that are successors of b, when a run in a has b's codes forced at `sites`.
+
+        Over all pairs of states a != b; chance is n_edges / n_states. With no sites: the baseline, a's free run.
+        """
+        generator = torch.Generator(model.device).manual_seed(seed)
+        a, b = np.nonzero(~np.eye(self.n_states, dtype=bool))
+        hits = 0
+        for start in range(0, len(a), 4096):
+            part = slice(start, start + 4096)
+            tokens = self.steer(model, self.runs(a[part]), b[part], sites, generator, random_codes)
+            after = self.decode(tokens[:, -self.digits :].cpu())[:, 0]
+            hits += ((after >= 0) & (self.transition_matrix[b[part], after] > 0)).sum()
+        return float(hits / len(a))
+
+    # -- files
+
+    def to_json(self):
+        return {**asdict(self), "successors": self.successors.tolist()}
+
+    @classmethod
+    def from_json(cls, data):
+        """The machine that to_json described; its edges are the saved ones, whatever NumPy draws today."""
+        data = dict(data)
+        successors = np.asarray(data.pop("successors"))
+        fsm = cls(**data)
+        ordered = np.sort(successors, axis=-1)
+        if (
+            successors.shape != (fsm.n_states, fsm.n_edges)
+            or successors.dtype.kind != "i"
+            or not 0 <= successors.min() <= successors.max() < fsm.n_states
+            or (ordered[:, 1:] == ordered[:, :-1]).any()
+        ):
+            raise ValueError(f"successors must be {fsm.n_edges} different states for each of {fsm.n_states}")
+        fsm.connect(ordered)
+        return fsm
+
+
+def random_like(ids, codebook, generator):
+    return torch.randint(codebook.n_codes, ids.shape, generator=generator, device=ids.device)

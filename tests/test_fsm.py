@@ -1,0 +1,171 @@
+"""The machine, and its measures against brute force."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model
+
+from minicode import FSM, GPT, GPTConfig
+
+
+def test_sequences_follow_the_machine(fsm):
+    tokens = fsm.sequences(np.random.default_rng(0), 200, 12)
+    assert tokens.shape == (200, 12) and tokens.dtype == np.int64 and (tokens[:, 0] == fsm.bos).all()
+    states = fsm.decode(tokens[:, 1:])
+    assert states.shape == (200, 5) and states.min() >= 0 and fsm.allowed(states).all()
+    assert set(states[:, 0]) == set(range(16))
+    np.testing.assert_allclose(fsm.transition_matrix.sum(1), 1)
+    assert ((fsm.transition_matrix > 0).sum(1) == 3).all()
+
+
+def test_default_is_the_papers_machine():
+    fsm = FSM()
+    assert fsm.transition_matrix.shape == (100, 100) and fsm.vocab_size == 11
+    assert fsm.encode(38).tolist() == [3, 8] and fsm.encode([7]).tolist() == [[0, 7]]
+    assert FSM().to_json() == fsm.to_json() != FSM(seed=1).to_json()
+
+
+@pytest.mark.parametrize("n_states, base", [(16, 4), (10, 10), (9, 2), (100, 10), (30, 3)])
+def test_decode_undoes_encode(n_states, base):
+    fsm = FSM(n_states, 2, base)
+    states = np.arange(n_states).reshape(1, -1)
+    assert (fsm.decode(fsm.encode(states).reshape(1, -1)) == states).all()
+
+
+def test_decode_marks_what_is_no_state():
+    fsm = FSM(90, 2, 10)
+    assert fsm.decode([3, 8, 9, 0, 10, 1, 5]).tolist() == [38, -1, -1]
+    assert fsm.allowed(np.array([38, -1, int(fsm.successors[0, 0])])).tolist() == [False, False]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5])
+def test_loss_floor_against_enumeration_of_all_sequences(length):
+    """A machine of 5 states in base 3, whose sequences of up to 5 tokens can all be listed with their probabilities."""
+    fsm = FSM(5, 2, 3)
+    n = -(-length // fsm.digits)
+    of_prefix = {}
+    for states in itertools.product(range(5), repeat=n):
+        p = 1 / 5
+        for before, after in zip(states, states[1:]):
+            p *= fsm.transition_matrix[before, after]
+        digits = tuple(fsm.encode(np.array(states)).reshape(-1)[:length])
+        of_prefix[digits] = of_prefix.get(digits, 0) + p
+    entropy = -sum(p * np.log(p) for p in of_prefix.values() if p > 0)
+    assert fsm.loss_floor(length) == pytest.approx(entropy / length, rel=1e-12)
+
+
+class Perfect(torch.nn.Module):
+    """Stands in for a GPT that knows the machine."""
+
+    def __init__(self, fsm, block_size=12):
+        super().__init__()
+        self.fsm, self.config, self.device = fsm, GPTConfig(block_size=block_size), torch.device("cpu")
+
+    def forward(self, tokens):
+        fsm, (n, length) = self.fsm, tokens.shape
+        p = torch.full((n, length, fsm.vocab_size), 1e-9)
+        digits = fsm.encode(np.arange(fsm.n_states))
+        for i in range(n):
+            for t in range(length):
+                whole, part = divmod(t, fsm.digits)
+                end = 1 + whole * fsm.digits
+                before = fsm.decode(tokens[i, end - fsm.digits : end].numpy())[0] if whole else None
+                row = fsm.transition_matrix[before] if whole else np.full(fsm.n_states, 1 / fsm.n_states)
+                fits = (digits[:, :part] == tokens[i, end : end + part].numpy()).all(1)
+                for state in np.flatnonzero(fits):
+                    p[i, t, digits[state, part]] += row[state]
+        return p.log(), None
+
+
+def test_next_state_probabilities_of_a_perfect_model(fsm):
+    np.testing.assert_allclose(fsm.next_state_probabilities(Perfect(fsm)), fsm.transition_matrix, atol=1e-6)
+    assert fsm.first_transition_accuracy(Perfect(fsm)) == 1.0
+
+
+def test_three_digits_as_well():
+    fsm = FSM(27, 4, 3)
+    np.testing.assert_allclose(fsm.next_state_probabilities(Perfect(fsm)), fsm.transition_matrix, atol=1e-6)
+
+
+def test_first_transition_accuracy_against_brute_force(fsm):
+    model = make_model("head,mlp")
+    overlap = 0
+    for s in range(16):
+        probability = np.zeros(16)
+        for after in range(16):
+            tokens = torch.tensor([[fsm.bos, *fsm.encode(s), *fsm.encode(after)]])
+            with torch.no_grad():
+                log_p = model(tokens)[0][0].log_softmax(-1)
+            probability[after] = sum(log_p[2 + i, tokens[0, 3 + i]].item() for i in range(2))
+        overlap += len(set(np.argsort(-probability)[:3]) & set(fsm.successors[s])) / 3
+    assert fsm.first_transition_accuracy(model) == pytest.approx(overlap / 16)
+
+
+def test_transition_accuracy_counts_the_allowed(fsm):
+    class Script:
+        config, device = GPTConfig(block_size=8), torch.device("cpu")
+
+        def generate(self, start, n, generator):
+            assert start.shape == (100, 1) and (start == fsm.bos).all() and n == 8
+            good = [0, fsm.successors[0, 0], fsm.successors[fsm.successors[0, 0], 1]]
+            bad = next(s for s in range(16) if s not in fsm.successors[good[-1]])
+            row = torch.tensor([fsm.bos, *fsm.encode([*good, bad]).reshape(-1)])
+            return row.repeat(100, 1)
+
+    assert fsm.transition_accuracy(Script()) == pytest.approx(2 / 3)
+
+
+def test_control_of_a_model_that_is_its_codes():
+    """One layer whose `block` codebook is the only way from input to output: forcing b's codes is being in b."""
+    torch.manual_seed(0)
+    fsm = FSM(9, 2, 3)
+    model = GPT(GPTConfig(vocab_size=4, block_size=8, n_layer=1, n_head=1, n_embd=8, codebooks="block", n_codes=400)).eval()
+    runs = fsm.runs(range(9))
+    every = torch.cat([torch.cat((runs, torch.full((9, 1), digit)), dim=1) for digit in range(4)])
+    codebook, inputs = model.codebooks()["block.0"], []
+    hook = codebook.register_forward_pre_hook(lambda module, args: inputs.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        model(every)
+        hook.remove()
+        with torch.no_grad():
+            codebook.codes[0, : len(inputs[0])] = inputs[0]
+    free = fsm.next_state_probabilities(model)
+    expected = np.mean([(free[b] * (fsm.transition_matrix[b] > 0)).sum() for b in range(9) for a in range(9) if a != b])
+    measured = np.mean([fsm.control(model, ["block.0"], seed) for seed in range(40)])
+    assert measured == pytest.approx(expected, abs=0.02)
+    others = np.mean([(free[a] * (fsm.transition_matrix[b] > 0)).sum() for b in range(9) for a in range(9) if a != b])
+    assert np.mean([fsm.control(model, [], seed) for seed in range(40)]) == pytest.approx(others, abs=0.02)
+
+
+def test_prompts(fsm):
+    assert fsm.prompt("").tolist() == [[4]]
+    assert fsm.prompt("31 02").tolist() == [[4, 3, 1, 0, 2]] == fsm.prompt("3102").tolist()
+    for text, words in (("3x", "write states as digits"), ("34", "write states as digits"), ("310", "not a list of states")):
+        with pytest.raises(ValueError, match=words):
+            fsm.prompt(text)
+    with pytest.raises(ValueError, match="they are 00 to 89"):
+        FSM(90).prompt("95")
+
+
+def test_show(fsm):
+    after = int(fsm.successors[7, 0])
+    never = next(s for s in range(16) if s not in fsm.successors[after])
+    tokens = np.array([4, *fsm.encode([7, after, never]).reshape(-1), 4, 1])
+    assert fsm.show(tokens) == f"13 -> {fsm.name(after)} -x {fsm.name(never)} -x ??"
+
+
+def test_saved_machine_is_checked(fsm):
+    data = fsm.to_json()
+    assert (FSM.from_json(data).successors == fsm.successors).all()
+    for change in ({"successors": data["successors"][1:]}, {"n_edges": 2}, {"successors": [[0, 0, 1]] * 16},
+                   {"successors": [[0, 1, 16]] * 16}, {"successors": [[0.5, 1, 2]] * 16}):  # fmt: skip
+        with pytest.raises(ValueError):
+            FSM.from_json({**data, **change})
+
+
+@pytest.mark.parametrize("settings", [dict(n_states=1), dict(base=1), dict(base=37), dict(n_edges=0), dict(n_edges=101)])
+def test_impossible_machines(settings):
+    with pytest.raises(ValueError, match="a machine needs"):
+        FSM(**settings)
