@@ -1,0 +1,159 @@
+"""python -m minicode.sample: samples from a run, and steers it by its codes.
+
+    --force-code mlp.1.527       the code is active at every generated position
+    --force-code mlp.1.527@4     at position 4 alone (position 0 is BOS; -1 is the prompt's last)
+    --block-code mlp.1.527       the code is never chosen there; the next best takes its place
+    --force-code                 alone: the demonstration. A run in one state is made to act as if in another.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minicode.control import Code, block, force, record
+from minicode.model import evaluating
+from minicode.train import load_run, user_errors
+
+
+def latest_run(root=Path("runs")):
+    runs = [path.parent for path in root.glob("*/model.pt")]
+    if not runs:
+        raise ValueError(f"there is no run in {root}/ yet: python -m minicode.train_fsm makes one")
+    return max(runs, key=lambda folder: (folder / "model.pt").stat().st_mtime)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m minicode.sample", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--run", type=Path, help="folder of the run (default: the newest in runs/)")
+    parser.add_argument("--prompt", help="states to start from, as digits: 38, or 38 07 (default: none; the demonstration: any)")
+    parser.add_argument("--num-samples", type=int, default=5, help="(default: 5)")
+    parser.add_argument("--max-new-tokens", type=int, help="tokens to sample (default: 24, or what the block has room for; the demonstration: 6 states)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most probable token (default: 1)")
+    parser.add_argument("--top-k", type=int, help="sample from the k most probable tokens only (default: from all)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    parser.add_argument("--force-code", action="append", nargs="?", const="", default=[], metavar="CODE")
+    parser.add_argument("--block-code", action="append", default=[], metavar="CODE")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    args = parser.parse_args(argv)
+    demonstration = "" in args.force_code
+    with user_errors(parser):
+        run = load_run(args.run or latest_run())
+        if demonstration and (len(args.force_code) > 1 or args.block_code):
+            raise ValueError("a bare --force-code is the demonstration, and goes with no other code")
+        for name, least in (("num_samples", 1), ("temperature", 0), ("top_k", 1), ("max_new_tokens", 1)):
+            if (value := getattr(args, name)) is not None and not value >= least:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+        result = demonstrate(run, args) if demonstration else sample(run, args)
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(describe(run.fsm, result) if demonstration else "\n".join(result["samples"]))
+
+
+def new_tokens(run, prompt, wanted, default):
+    """How many tokens to sample after a prompt (1, T)."""
+    room = run.config.block_size + 1 - prompt.shape[1]  # the last token is not run through the model
+    if room < 1:
+        raise ValueError(f"a prompt of {prompt.shape[1]} tokens leaves no room in the block of {run.config.block_size}")
+    if wanted is not None and wanted > room:
+        raise ValueError(f"--max-new-tokens {wanted} is more than the {room} that the block has room for")
+    return wanted or min(default, room)
+
+
+def sample(run, args):
+    """Samples, with codes forced and blocked."""
+    prompt = run.fsm.prompt(args.prompt or "")
+    n_new = new_tokens(run, prompt, args.max_new_tokens, 24)
+    for text in args.force_code + args.block_code:
+        position = Code.parse(text, run.model).position
+        if position is not None and position >= prompt.shape[1] + n_new - 1:
+            raise ValueError(f"{text}: this sample runs the positions 0 to {prompt.shape[1] + n_new - 2}")
+    generated = slice(-1, None)  # from the prompt's last position on, where the first token is sampled
+    with force(run.model, args.force_code, generated), block(run.model, args.block_code, generated):
+        tokens = run.model.generate(
+            prompt.repeat(args.num_samples, 1), n_new, args.temperature, args.top_k,
+            torch.Generator().manual_seed(args.seed),
+        )  # fmt: skip
+    samples = [run.fsm.show(row) for row in tokens.numpy()]
+    return {"prompt": args.prompt or "", "samples": samples, "forced": args.force_code, "blocked": args.block_code}
+
+
+def demonstrate(run, args):
+    """Forces the codes of a state b in a run that is in a state a: what comes next follows b."""
+    fsm, model, rng = run.fsm, run.model, np.random.default_rng(args.seed)
+    sites = [site for site, codebook in model.codebooks().items() if codebook.enabled]
+    if not sites:
+        raise ValueError(f"the model in {run.folder} has no codebooks, so it has no codes to force")
+    prompt = fsm.prompt(args.prompt or fsm.name(rng.integers(fsm.n_states)))
+    n_new = max(fsm.digits, new_tokens(run, prompt, args.max_new_tokens, 6 * fsm.digits))
+    a = fsm.decode(prompt[0, 1:].numpy())[-1]
+    shared = (fsm.transition_matrix[a] > 0) @ (fsm.transition_matrix > 0).T  # successors in common with a
+    b = rng.choice(np.flatnonzero(shared == shared.min()))
+
+    generator = torch.Generator().manual_seed(args.seed)
+    many = prompt.repeat(args.num_samples, 1)
+    free = model.generate(many, n_new, args.temperature, args.top_k, generator)
+    steered = fsm.steer(model, many, np.full(len(many), b), sites, generator)
+    steered = model.generate(steered, n_new - fsm.digits, args.temperature, args.top_k, generator)
+    mlps = [site for site in sites if site.startswith("mlp.")]
+    return {
+        "prompt": fsm.name(a),
+        "state": fsm.name(b),
+        "samples": [fsm.show(row) for row in steered.numpy()],
+        "samples_free": [fsm.show(row) for row in free.numpy()],
+        "forced": codes_of(fsm, model, b, prompt.shape[1] - 1),
+        "control_before": fsm.control(model, [], args.seed),
+        "control_after": fsm.control(model, sites, args.seed),
+        "control_mlp": fsm.control(model, mlps, args.seed),
+        "control_random_codes": fsm.control(model, sites, args.seed, random_codes=True),
+        "transition_accuracy": fsm.transition_accuracy(model, generator),
+    }
+
+
+def codes_of(fsm, model, state, position):
+    """What a run in a state chooses at its last digit, as codes to force at a position."""
+    with evaluating(model), record(model) as codes:
+        model(fsm.runs([state]))
+    return [
+        str(Code(site, group, int(code), position))
+        for site, ids in codes.items()
+        for group, chosen in enumerate(ids[0, -1])
+        for code in chosen
+    ]
+
+
+def describe(fsm, result):
+    """The demonstration for people."""
+    a, b = result["prompt"], result["state"]
+    n_pairs, chance = fsm.n_states * (fsm.n_states - 1), fsm.n_edges / fsm.n_states
+    width = max(map(len, result["samples_free"])) + 3
+    rows = [f"{free:{width}}{forced}" for free, forced in zip(result["samples_free"], result["samples"])]
+    successors = " ".join(fsm.name(s) for s in fsm.successors[int(b, fsm.base)])
+    return "\n".join(
+        [
+            f"A run is in state {a}. It is made to act as if in state {b}, whose successors are",
+            f"  {successors}",
+            f"by forcing the codes of {b} where {a} was read (and then those of {b} and the digit sampled):",
+            f"  {' '.join(result['forced'])}",
+            "",
+            f"{'left alone':{width}}codes of {b} forced",
+            *rows,
+            "",
+            f"Share of next states that are successors of b, over all {n_pairs:,} pairs of states a, b:",
+            f"  {result['control_before']:.3f}  nothing forced (chance: {chance:.2f})",
+            f"  {result['control_after']:.3f}  every site forced",
+            f"  {result['control_mlp']:.3f}  the MLPs alone",
+            f"  {result['control_random_codes']:.3f}  random codes at every site",
+            f"  {result['transition_accuracy']:.3f}  transition accuracy of the model left alone, the most that there is to reach",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
