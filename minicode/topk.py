@@ -1,12 +1,15 @@
 """The search: for every activation, the k codes that are most similar to it.
 
-`definition` is the specification, in four lines of PyTorch. `topk_codes` returns the same ids, but
-works through the rows in chunks, so that the N x C matrix of scores is never stored.
+`definition` is the specification, in four lines of PyTorch. `topk_codes` returns the same ids without ever
+storing the N x C scores: by the extension in csrc/ where it can be built, else in PyTorch, chunk by chunk.
+`python -m minicode.topk` tells which, and builds it.
 """
 
 import torch
 
-SIMILARITIES = ("cosine", "distance", "dot")
+from minicode import extension
+
+SIMILARITIES = ("cosine", "distance", "dot")  # in the order of csrc/topk.h
 CHUNK = 1 << 21  # scores held at a time: 8 MB of float32
 
 
@@ -21,75 +24,94 @@ def definition(x, codes, k, similarity):
 def scale_and_offset(codes, similarity):
     """Every similarity is x·c * scale + offset, with one scale and one offset a code; both (G, 1, C).
 
-    cosine: x·c / |c|, where the norm of x changes no rank (and a code of norm 0 scores 0);
-    distance: x·c - |c|²/2, which ranks as -|x - c|² does; dot: x·c.
+    cosine: x·c / |c|, as |x| changes no rank (0 for c = 0); distance: x·c - |c|²/2, which ranks as -|x - c|²; dot: x·c.
     """
     norm = torch.linalg.vector_norm(codes, dim=-1, dtype=torch.float64).unsqueeze(-2)
     scale, offset = torch.ones_like(norm), torch.zeros_like(norm)
     if similarity == "cosine":
-        scale = torch.where(norm > 0, 1 / norm, 0)
+        scale = torch.where(norm >= torch.finfo(torch.float32).tiny, 1 / norm, 0)
     elif similarity == "distance":
         offset = -0.5 * norm.square()
     return scale.float(), offset.float()
 
 
 def topk_codes(x, codes, k=1, similarity="cosine"):
-    """The k best codes for each row of x: `(scores, ids)`, float32 and int64, best first.
+    """The k best codes for each row of x (paper, section 2.1): `(scores, ids)`, float32 and int64, best first.
 
-    x (..., d) with codes (C, d), giving (..., k); or x (..., G, d) with codes (G, C, d), giving
-    (..., G, k): G codebooks, searched in one call. Any float type; computed in float32. A NaN score loses
-    to every number. Not differentiable: `Codebook` does the gradients.
-
-    Raises TypeError or ValueError, which names the argument and what was expected.
-    Paper: section 2.1, "the k most similar codes"; similarity="cosine" is the paper's.
+    x (..., d) with codes (C, d), giving (..., k); or x (..., G, d) with codes (G, C, d), giving (..., G, k): G
+    codebooks, searched in one call. Any float type; computed in float32. A NaN score loses to every number. Not
+    differentiable: `Codebook` does the gradients. TypeError or ValueError names the argument and what was expected.
     """
     _check(x, codes, k, similarity)
-    if codes.dim() == 2:
-        scores, ids = torch.ops.minicode.topk_codes(x.reshape(1, -1, x.shape[-1]), codes[None], k, similarity)
-        return scores.view(*x.shape[:-1], k), ids.view(*x.shape[:-1], k)
-    n_groups, _, dim = codes.shape
-    rows = x.reshape(-1, n_groups, dim).transpose(0, 1)  # (G, N, d)
-    scores, ids = torch.ops.minicode.topk_codes(rows, codes, k, similarity)
-    shape = (*x.shape[:-1], k)  # (..., G, k)
+    x, codes, grouped = x.detach(), codes.detach(), codes.dim() == 3
+    table = codes if grouped else codes.unsqueeze(0)
+    rows = x.reshape(-1, *table.shape[::2]).transpose(0, 1)  # (G, N, d)
+    scores, ids = torch.ops.minicode.topk_codes(rows, table, k, similarity)  # (G, N, k)
+    shape = (*x.shape[:-1], k)  # (..., k) or (..., G, k)
     return scores.transpose(0, 1).reshape(shape), ids.transpose(0, 1).reshape(shape)
 
 
 @torch.library.custom_op("minicode::topk_codes", mutates_args=())
 def _search(x: torch.Tensor, codes: torch.Tensor, k: int, similarity: str) -> tuple[torch.Tensor, torch.Tensor]:
     # An operator of its own, so that torch.compile sees one node and autocast cannot halve its precision.
-    scores, ids = _empty(x, codes, k, similarity)
-    with torch.autocast(x.device.type, enabled=False):
-        scale, offset = scale_and_offset(codes, similarity)
-        table = (codes.float() * scale.mT).mT  # (G, d, C)
-        step = max(1, CHUNK // (codes.shape[0] * codes.shape[1]))
-        for start in range(0, x.shape[1], step):
-            rows = slice(start, start + step)
-            scores[:, rows], ids[:, rows] = _best(torch.baddbmm(offset, x[:, rows].float(), table), k)
+    device = x.device.type
+    native = device in extension.load()[0] and (device == "cpu" or (k <= 32 and x.shape[1] >= 512))
+    precision = torch.get_float32_matmul_precision()
+    with torch.autocast(device, enabled=False):
+        if native and x.dtype == torch.float32 and x.stride(-1) == 1:
+            return _native(x, codes.float().contiguous(), k, similarity)
+        torch.set_float32_matmul_precision("highest")
+        try:
+            return search_in_chunks(x, codes, k, similarity, _native if native else in_pytorch)
+        finally:
+            torch.set_float32_matmul_precision(precision)
+
+
+def _native(x, codes, k, similarity):
+    """The extension's search. On a GPU it takes scales and offsets, and k up to 32."""
+    if x.device.type == "cpu":
+        return torch.ops.minicode_native.topk(x, codes, k, SIMILARITIES.index(similarity), True)
+    scale, offset = scale_and_offset(codes, similarity)
+    return torch.ops.minicode_native.topk_cuda(x, codes, scale.contiguous(), offset.contiguous(), k)
+
+
+def search_in_chunks(x, codes, k, similarity, search):
+    """x (G, N, d), codes (G, C, d), of any type: so many rows at a time that their scores fill CHUNK floats."""
+    codes, (scores, ids) = codes.float().contiguous(), _empty(x, codes, k, similarity)
+    step = max(1, CHUNK // (codes.shape[0] * codes.shape[1]))
+    for start in range(0, x.shape[1], step):
+        rows = slice(start, start + step)
+        scores[:, rows], ids[:, rows] = search(x[:, rows].float().contiguous(), codes, k, similarity)
     return scores, ids
+
+
+def in_pytorch(x, codes, k, similarity):
+    """The first k of a stable descending sort of all scores, without sorting them all."""
+    scale, offset = scale_and_offset(codes, similarity)
+    scores = torch.baddbmm(offset, x, (codes * scale.mT).mT)  # (G, n, C)
+    if k == 1:
+        best, ids = scores.max(dim=-1, keepdim=True)  # the first of equals; but a NaN wins here
+        if not best.isnan().any():
+            return best, ids
+    more = min(k + 1, scores.shape[-1])
+    best, ids = scores.topk(more, dim=-1)
+    if best.isnan().any():
+        scores = scores.masked_fill(scores.isnan(), -torch.inf)
+        best, ids = scores.topk(more, dim=-1)
+    tied = (best[..., k:] == best[..., k - 1 : k]).any(-1)  # of equal scores topk may have kept the wrong ones
+    ids, order = ids[..., :k].sort(dim=-1)
+    best, order = best.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    ids = ids.gather(-1, order)
+    if tied.any():
+        values, columns = scores[tied].sort(dim=-1, descending=True, stable=True)
+        best[tied], ids[tied] = values[:, :k], columns[:, :k]
+    return best, ids
 
 
 @_search.register_fake
 def _empty(x, codes, k, similarity):
     shape = (x.shape[0], x.shape[1], k)
     return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int64)
-
-
-def _best(scores, k):
-    """The first k of a stable descending sort of (G, n, C) scores, without sorting them all."""
-    if k == 1:
-        best, ids = scores.max(dim=-1, keepdim=True)  # the first of equals; but a NaN wins here
-        if not best.isnan().any():
-            return best, ids
-    scores = scores.masked_fill(scores.isnan(), -torch.inf)
-    best, ids = scores.topk(k, dim=-1)
-    ids, order = ids.sort(dim=-1)
-    best, order = best.gather(-1, order).sort(dim=-1, descending=True, stable=True)
-    ids = ids.gather(-1, order)
-    tied = (scores >= best[..., -1:]).sum(-1) > k  # topk may have kept the wrong ones of equal scores
-    if tied.any():
-        values, columns = scores[tied].sort(dim=-1, descending=True, stable=True)
-        best[tied], ids[tied] = values[:, :k], columns[:, :k]
-    return best, ids
 
 
 def _check(x, codes, k, similarity):
@@ -111,3 +133,7 @@ def _check(x, codes, k, similarity):
         raise ValueError(f"k must be from 1 to the {codes.shape[-2]} codes of the codebook, not {k}")
     if similarity not in SIMILARITIES:
         raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}, not {similarity!r}")
+
+
+if __name__ == "__main__":
+    extension.main()

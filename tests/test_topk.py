@@ -1,10 +1,25 @@
-"""The search against its definition."""
+"""The search against its definition, by the extension and by PyTorch."""
+
+import os
+import random
+import threading
 
 import pytest
 import torch
 
-from minicode import topk_codes
+from minicode import extension, topk_codes
 from minicode.topk import SIMILARITIES, definition
+
+
+@pytest.fixture(params=["extension", "pytorch"], autouse=True)
+def backend(request, monkeypatch):
+    if request.param == "pytorch":
+        monkeypatch.setattr(extension, "load", lambda: ((), "PyTorch is tested"))
+    elif not extension.load()[0]:
+        assert not os.environ.get("CI"), "CI must test the extension"
+        pytest.skip(f"no extension here: {extension.load()[1]}")
+    return request.param
+
 
 SHAPES = [  # N, C, d, k
     (0, 5, 3, 2), (1, 1, 1, 1), (7, 5, 3, 5), (33, 100, 17, 8), (300, 37, 16, 1), (64, 513, 8, 200), (5, 1000, 128, 10),
@@ -34,11 +49,108 @@ def test_equals_the_definition(n, n_codes, dim, k, similarity, dtype):
     same_but_for_rounding(x, codes, k, similarity, scores.transpose(0, 1), ids.transpose(0, 1))
 
 
+def random_cases(n):
+    """Shapes and kinds of input, by a seed: sizes that are multiples of nothing, and inputs that are hard to rank."""
+    draw = random.Random(0)
+    for _ in range(n):
+        n_codes = draw.choice([1, 2, 7, 31, 33, 100, 257, 300, 513, 1000])
+        k = draw.choice([1, 1, 2, 5, 8, 16, 40, n_codes])
+        shape = draw.choice([1, 1, 2, 3]), draw.choice([0, 1, 5, 9, 33, 64, 100, 200]), n_codes, draw.choice([1, 2, 3, 16, 31, 33, 64, 100])
+        yield *shape, min(k, n_codes), draw.choice(SIMILARITIES), draw.choice(["plain", "common", "near", "scales", "equal"])
+
+
+def make(kind, n_groups, n_rows, n_codes, dim, generator):
+    x = torch.randn(n_groups, n_rows, dim, generator=generator)
+    codes = torch.randn(n_groups, n_codes, dim, generator=generator)
+    if kind == "common":  # far from the origin, all in one direction
+        x, codes = x + 30, codes + 50
+    elif kind == "near":  # codes that bfloat16 can't tell apart
+        codes = codes[:, :1] + 1e-3 * codes
+    elif kind == "scales":
+        codes = codes * torch.logspace(-3, 3, n_codes).unsqueeze(-1)
+    elif kind == "equal":
+        codes = codes[:, torch.randint(max(1, n_codes // 3), (n_codes,), generator=generator)]
+    return x, codes
+
+
+def test_hundreds_of_random_shapes():
+    generator = torch.Generator().manual_seed(0)
+    for n_groups, n_rows, n_codes, dim, k, similarity, kind in random_cases(300):
+        x, codes = make(kind, n_groups, n_rows, n_codes, dim, generator)
+        scores, ids = topk_codes(x.transpose(0, 1), codes, k, similarity)
+        same_but_for_rounding(x, codes, k, similarity, scores.transpose(0, 1), ids.transpose(0, 1))
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_inputs_that_sit_on_the_error_bound(k, backend):
+    """Every coordinate is half way between two bfloat16 numbers, with all errors of one sign in the code that wins.
+
+    x and the winner round down by 2^-8 in each coordinate; the losers are bfloat16 numbers that score a little less in
+    truth, and more once rounded. A bound without its factor of two would drop the winner.
+    """
+    dim, n_codes = 64, 512
+    half = 2.0**-8
+    x = torch.full((1, 70, dim), 1 + half)  # rounds to even: to 1
+    codes = torch.full((1, n_codes, dim), 1 + 1.9 * half)  # rounds to 1 + 2 * half
+    codes[:, 300] = 1 + half * 0.999  # rounds down to 1
+    codes[:, 300, : dim // 2] += 1.6 * half + half * torch.arange(dim // 2) / dim
+    codes[0, :, 0] += torch.rand(n_codes, generator=torch.Generator().manual_seed(0)) * half
+    for signs in (1.0, torch.tensor([1.0, -1.0]).repeat(dim // 2)):
+        scores, ids = topk_codes((x * signs).transpose(0, 1), codes * signs, k, "dot")
+        same_but_for_rounding(x * signs, codes * signs, k, "dot", scores.transpose(0, 1), ids.transpose(0, 1))
+
+
+def test_strided_inputs_and_expanded_ones():
+    torch.manual_seed(0)
+    x, codes = torch.randn(40, 2, 12, 100), torch.randn(24, 300, 2)
+    for view, table in (
+        (x[:, 0].mT, codes[::2, ::3, 0].mT),
+        (x[::2, 1, ::2, ::5], codes[:20, :, 0].T),
+        (x[:1, :1].expand(7, 2, 12, 100)[..., ::10], codes[:10, :, 1].T),
+    ):
+        scores, ids = topk_codes(view, table.contiguous(), 5, "distance")
+        same = topk_codes(view.contiguous(), table, 5, "distance")
+        assert torch.equal(ids, same[1]) and torch.equal(scores, same[0])
+
+
+def test_more_scores_than_32_bits_can_count():
+    x, codes = torch.randn(70_000, 2), torch.randn(33_000, 2)
+    codes[32_999] = torch.tensor([1e4, 0.0])
+    x[69_999] = torch.tensor([1.0, 0.0])
+    _, ids = topk_codes(x, codes, 1, "dot")
+    assert ids[69_999] == 32_999
+    some = torch.randint(70_000, (50,))
+    same_but_for_rounding(x[None, some], codes[None], 1, "dot", *(t[None] for t in (topk_codes(x[some], codes, 1, "dot")[0], ids[some])))
+
+
+def test_the_same_whatever_the_number_of_threads_and_in_two_at_once():
+    torch.manual_seed(0)
+    x, codes = torch.randn(3, 300, 40), torch.randn(3, 700, 40)
+    results, n_threads = {}, torch.get_num_threads()
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            results[n] = [topk_codes(x[:, :rows].transpose(0, 1), codes, 3) for rows in (1, 300)]
+    finally:
+        torch.set_num_threads(n_threads)
+    for n in (2, 5):
+        assert all(torch.equal(a, b) for one, other in zip(results[1], results[n]) for a, b in zip(one, other))
+    found = {}
+    threads = [threading.Thread(target=lambda i=i: found.update({i: topk_codes(x.transpose(0, 1), codes, 3)})) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[i][1], results[1][1][1]) for i in range(4))
+
+
 @pytest.mark.parametrize("k", [1, 3, 6])
 def test_lower_id_first_among_equals(k):
     codes = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [-1.0, 0.0]])
     _, ids = topk_codes(torch.tensor([[1.0, 0.0]]), codes, k, "dot")
     assert ids.tolist() == [[1, 2, 4, 0, 3, 5][:k]]
+    _, ids = topk_codes(torch.ones(100, 3), torch.ones(400, 3), k)  # rows enough for every way of searching
+    assert (ids == torch.arange(k)).all()
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
@@ -48,11 +160,13 @@ def test_non_finite_input_gives_valid_ids_and_nan_loses(similarity):
     codes[5] = torch.inf
     x = torch.randn(6, 4)
     x[0], x[1, 2], x[2] = torch.nan, torch.inf, -torch.inf
-    for k in (1, 4, 20):
-        scores, ids = topk_codes(x, codes, k, similarity)
-        assert ((0 <= ids) & (ids < 20)).all() and not scores.isnan().any()
-        assert (ids.sort(-1).values == ids.sort(-1).values.unique_consecutive(dim=-1)).all()
-    assert 3 not in topk_codes(x[3:], codes, 1, similarity)[1]
+    for x, codes in ((x, codes), (x.repeat(20, 1), codes), (x.repeat(20, 1), codes.repeat(20, 1))):
+        for k in (1, 4, 20):
+            scores, ids = topk_codes(x, codes, k, similarity)
+            assert ((0 <= ids) & (ids < len(codes))).all() and not scores.isnan().any()
+            assert (ids.sort(-1).values.diff(dim=-1) > 0).all()
+            assert (ids[0] == torch.arange(k)).all()  # all NaN: the lowest ids
+        assert not (topk_codes(x[3:6], codes, 1, similarity)[1] % 20 == 3).any()
 
 
 def test_a_zero_code_scores_zero_under_cosine():
@@ -68,17 +182,33 @@ def test_extreme_norms_still_rank():
     assert (topk_codes(codes, codes * scale, 1)[1] == topk_codes(codes, codes, 1)[1]).all()
 
 
+def test_codes_too_small_for_a_norm_score_zero():
+    codes = torch.tensor([[2e-39, -1e-39], [1.0, 0.0]])
+    assert topk_codes(torch.tensor([[1.0, 0.5]]), codes, 1)[1].item() == 1
+    assert topk_codes(torch.randn(3, 20).T[:, :1], torch.randn(7, 1), 2)[1].shape == (20, 2)
+
+
 def test_search_keeps_float32_under_autocast():
     x, codes = torch.randn(500, 64), torch.randn(300, 64)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(topk_codes(x, codes, 5)[0], topk_codes(x, codes, 5)[0].float())
         inside = topk_codes(x, codes, 5)
-    assert all(torch.equal(a, b) for a, b in zip(inside, topk_codes(x, codes, 5)))
+    outside = topk_codes(x, codes, 5)
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside))
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert all(torch.equal(a, b) for a, b in zip(topk_codes(x, codes, 5), outside))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
-def test_opcheck():
-    for k, similarity in ((1, "cosine"), (3, "distance")):
-        torch.library.opcheck(torch.ops.minicode.topk_codes, (torch.randn(2, 9, 4), torch.randn(2, 7, 4), k, similarity))
+def test_opcheck(backend):
+    for shape, k, similarity in (((2, 9, 4), 1, "cosine"), ((1, 70, 5), 3, "distance"), ((1, 0, 2), 2, "dot")):
+        x, codes = torch.randn(shape), torch.randn(shape[0], 300, shape[2])
+        torch.library.opcheck(torch.ops.minicode.topk_codes, (x, codes, k, similarity))
+        if backend == "extension":
+            torch.library.opcheck(torch.ops.minicode_native.topk, (x, codes, k, SIMILARITIES.index(similarity), True))
 
 
 X, E = torch.zeros(3, 4), torch.zeros(5, 4)

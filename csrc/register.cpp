@@ -1,0 +1,64 @@
+// minicode_native::topk, for the CPU and, where the installed torch has it, CUDA: x (G, N, d), codes (G, C, d) to
+// scores and ids (G, N, k), as topk.h says. minicode/topk.py checks what users give it.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <pthread.h>
+#include <torch/library.h>
+#ifdef MINICODE_CUDA
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+#include "topk.h"
+
+namespace {
+using Result = std::tuple<at::Tensor, at::Tensor>;
+
+minicode::Search prepare(const at::Tensor& x, const at::Tensor& codes, int64_t k, int64_t similarity, Result& out) {
+  TORCH_CHECK(x.dim() == 3 && codes.dim() == 3 && x.size(0) == codes.size(0) && x.size(2) == codes.size(2) && 1 <= k &&
+              k <= codes.size(1) && codes.size(1) < (int64_t(1) << 31), "topk: shapes ", x.sizes(), codes.sizes(), " k ", k);
+  TORCH_CHECK(x.scalar_type() == at::kFloat && codes.scalar_type() == at::kFloat && (x.stride(2) == 1 || x.size(2) == 1) && codes.is_contiguous(),
+              "topk: x and codes must be float32, the rows of x and all of codes contiguous");
+  const int64_t shape[] = {x.size(0), x.size(1), k};
+  out = {at::empty(shape, x.options()), at::empty(shape, x.options().dtype(at::kLong))};
+  return {x.const_data_ptr<float>(), x.stride(0), x.stride(1), codes.const_data_ptr<float>(), x.size(0), x.size(1),
+          codes.size(1), x.size(2), k, minicode::Similarity(similarity), std::get<0>(out).mutable_data_ptr<float>(),
+          std::get<1>(out).mutable_data_ptr<int64_t>()};
+}
+
+bool forked = false;  // in a forked child OpenMP would wait for threads that are not there
+
+Result topk_cpu(const at::Tensor& x, const at::Tensor& codes, int64_t k, int64_t similarity, bool coarse) {
+  Result out;
+  const auto parallel = [](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
+    forked ? body(0, n) : at::parallel_for(0, n, 1, body);
+  };
+  minicode::topk_cpu(prepare(x, codes, k, similarity, out), parallel, forked ? 1 : at::get_num_threads(), coarse);
+  return out;
+}
+
+#ifdef MINICODE_CUDA
+Result topk_cuda(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scale, const at::Tensor& offset, int64_t k) {
+  TORCH_CHECK(scale.is_contiguous() && offset.is_contiguous() && scale.numel() == codes.size(0) * codes.size(1));
+  const c10::cuda::CUDAGuard guard(x.device());
+  Result out;
+  const auto search = prepare(x, codes, k, minicode::dot, out);
+  const auto stream = c10::cuda::getCurrentCUDAStream().stream();
+  TORCH_CHECK(minicode::topk_cuda(search, scale.const_data_ptr<float>(), offset.const_data_ptr<float>(), stream));
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return out;
+}
+#endif
+}  // namespace
+
+TORCH_LIBRARY(minicode_native, m) {
+  pthread_atfork(nullptr, nullptr, [] { forked = true; });
+  m.def("topk(Tensor x, Tensor codes, int k, int similarity, bool coarse) -> (Tensor, Tensor)");
+  m.def("topk_cuda(Tensor x, Tensor codes, Tensor scale, Tensor offset, int k) -> (Tensor, Tensor)");
+  m.def("cpu_path() -> str", []() -> std::string { return minicode::cpu_path(); });
+}
+TORCH_LIBRARY_IMPL(minicode_native, CPU, m) { m.impl("topk", &topk_cpu); }
+#ifdef MINICODE_CUDA
+TORCH_LIBRARY_IMPL(minicode_native, CUDA, m) { m.impl("topk_cuda", &topk_cuda); }
+#endif

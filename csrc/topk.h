@@ -1,0 +1,31 @@
+// The search: for each row of x the k codes with the highest x·c * scale + offset, best first.
+//
+// Of equal scores the lower id comes first, a NaN counts as -inf. The N x C scores are never stored. topk_cpu.cpp and
+// topk_cuda.cu keep to this, and include nothing of torch.
+#pragma once
+#include <cstdint>
+#include <functional>
+
+namespace minicode {
+enum Similarity : int64_t { cosine = 0, distance = 1, dot = 2 };
+
+struct Search {
+  const float* x;       // G x N rows of d floats; a row begins at x + g * x_group + n * x_row
+  int64_t x_group, x_row;
+  const float* codes;   // (G, C, d), contiguous
+  int64_t n_groups, n_rows, n_codes, dim, k;
+  Similarity similarity;
+  float* scores;        // (G, N, k), contiguous
+  int64_t* ids;         // (G, N, k), contiguous
+};
+
+// Runs body(begin, end) on parts of 0..n, in parallel.
+using Parallel = std::function<void(int64_t n, const std::function<void(int64_t, int64_t)>& body)>;
+// coarse: where the CPU can, score in bfloat16 first, and in float32 only what the error bound leaves over.
+void topk_cpu(const Search& search, const Parallel& parallel, int64_t n_threads, bool coarse);
+const char* cpu_path();  // what topk_cpu uses here, for people
+
+// Everything on the GPU, the codes' scales and offsets (G, C) too; stream is a cudaStream_t. Returns without waiting;
+// false, and nothing done, for a k above 32.
+bool topk_cuda(const Search& search, const float* scale, const float* offset, void* stream);
+}  // namespace minicode
