@@ -15,22 +15,18 @@ from minicode.topk import topk_codes
 class Codebook(nn.Module):
     """Replaces activations (..., groups * dim) by sums of codes; one codebook of n_codes codes for each group.
 
-    q = sum of E_i for the k most similar codes i (paper, section 2.1; its released code divides by k, we
-    sum, as the paper does). With groups=1 the codebook sees the whole activation; with groups=H each head's
-    slice has a codebook of its own. All of them are one (G, C, d) tensor, searched in one call.
+    q = sum of E_i for the k most similar codes i (paper, section 2.1; its released code divides by k, we sum, as
+    the paper does). With groups=H each head's slice has a codebook of its own; all of them are one (G, C, d)
+    tensor, searched in one call. Search, sums and losses are in float32 under autocast.
 
-    similarity  "cosine" as in the paper, "distance" (nearest code) or "dot"
-    decay       None: codes learn by gradient, from the language-model loss through q and from
-                `autoencoding`. A number: each code is the moving average, with this decay a step, of the
-                activations assigned to it; `update()` moves it, no gradient does.
-
-    After a forward pass the module holds
+    similarity    "cosine" as in the paper, "distance" (nearest code) or "dot"
+    decay         None: codes learn by gradient, of the language-model loss through q and of `autoencoding`; a
+                  number: `update()` makes them moving averages, with this decay, of what is assigned to them
+    After a forward pass:
     ids           (..., G, k), best first
-    autoencoding  mean |q - stop_gradient(a)|² per element (section 2.2), in training mode: pulls codes to data
-    commitment    mean |a - stop_gradient(q)|² per element, in training mode: pulls activations to their codes
-    Nothing is added to a gradient behind your back: the training loop adds these terms to its loss.
-
-    Search, sums and losses are in float32 under autocast.
+    autoencoding  in training, mean |q - stop_gradient(a)|² per element (section 2.2): pulls codes to activations
+    commitment    in training, mean |a - stop_gradient(q)|² per element: pulls activations to their codes
+    The training loop adds these two to its loss; nothing is added to a gradient behind its back.
     """
 
     def __init__(self, n_codes, dim, k=1, groups=1, similarity="cosine", decay=None):
@@ -47,9 +43,8 @@ class Codebook(nn.Module):
         # Since the last update(): how often each code was chosen, and the sum of what it was chosen for.
         self.register_buffer("new_count", torch.zeros(groups, n_codes), persistent=False)
         self.register_buffer("new_sum", torch.zeros(groups, n_codes, dim), persistent=False)
-        if decay is not None:  # moving averages of the same two; codes = average_sum / average_count
-            self.register_buffer("average_count", torch.ones(groups, n_codes))
-            self.register_buffer("average_sum", self.codes.detach().clone())
+        if decay is not None:  # moving average of each code's share of the choices
+            self.register_buffer("share", torch.full((groups, n_codes), 1 / n_codes))
 
     def forward(self, x):
         if not self.enabled:
@@ -72,8 +67,7 @@ class Codebook(nn.Module):
 
     def sum_codes(self, ids):
         """q (..., G, d) for ids (..., G, k)."""
-        rows = self._flat(ids).reshape(-1, ids.shape[-1])
-        q = F.embedding_bag(rows, self.codes.view(-1, self.dim), mode="sum")
+        q = F.embedding_bag(self._flat(ids).flatten(0, -2), self.codes.view(-1, self.dim), mode="sum")
         return q.view(*ids.shape[:-1], self.dim)
 
     def _flat(self, ids):
@@ -85,13 +79,13 @@ class Codebook(nn.Module):
         """Adds a batch to the sums that update() and revive() use."""
         self.inputs = a.reshape(-1, self.groups, self.dim)  # (N, G, d)
         rows = self._flat(self.ids).reshape(-1)
-        self.new_count.view(-1).index_add_(0, rows, torch.ones_like(rows, dtype=torch.float32))
+        self.new_count.view(-1).index_add_(0, rows, torch.ones_like(rows, dtype=self.new_count.dtype))
         if self.decay is not None:
             # A code's target is what the other k - 1 chosen codes leave over of a: E_i + (a - q).
             target = a.unsqueeze(-2)  # (..., G, 1, d)
             if self.k > 1:
                 target = target - q.unsqueeze(-2) + self.codes.view(-1, self.dim)[self._flat(self.ids)]
-            self.new_sum.view(-1, self.dim).index_add_(0, rows, target.reshape(-1, self.dim))
+            self.new_sum.view(-1, self.dim).index_add_(0, rows, target.reshape(-1, self.dim).to(self.new_sum.dtype))
 
     @torch.no_grad()
     def update(self):
@@ -99,37 +93,33 @@ class Codebook(nn.Module):
         self.usage += self.new_count
         if self.decay is not None:
             total = self.new_count.sum(-1, keepdim=True).clamp_min(1)  # (G, 1)
-            self.average_count.lerp_(self.new_count / total, 1 - self.decay)
-            self.average_sum.lerp_(self.new_sum / total.unsqueeze(-1), 1 - self.decay)
-            self._set_to_mean(self.average_count, self.average_sum)
+            self.share.lerp_(self.new_count / total, 1 - self.decay)
+            # As sum / count of two moving averages, but with one of them: a code that nothing chose stays.
+            gap = self.new_sum - self.new_count.unsqueeze(-1) * self.codes
+            weight = (1 - self.decay) / (total * self.share.clamp_min(1e-9))
+            self.codes += weight.unsqueeze(-1) * gap
             self.new_sum.zero_()
         self.new_count.zero_()
-
-    def _set_to_mean(self, count, total):
-        """Codes become total / count; a code that (almost) nothing chose stays where it is."""
-        count = count.unsqueeze(-1)
-        self.codes.copy_(torch.where(count > 1e-9, total / count.clamp_min(1e-9), self.codes))
 
     @torch.no_grad()
     def revive(self, optimizer=None, threshold=0.05, generator=None):
         """Moves dead codes onto inputs of the last training batch that are far from every code.
 
-        Dead is a code chosen less than `threshold` times as often as the mean code since the last call.
-        Inputs are drawn in proportion to their squared distance to the nearest code, as k-means++ draws
-        its seeds. A revived code's moments in the optimizer are set to zero, as is its history.
-        Returns the number of codes revived.
+        Dead is a code chosen less than `threshold` times as often as the mean code since the last call. Inputs are
+        drawn as `start` draws its seeds, but by the fourth power of the distance: from things that share a code, not
+        from the scatter of one. The optimizer's moments of a revived code are set to zero. Returns how many were dead.
         """
         dead = self.usage < threshold * self.usage.mean(-1, keepdim=True)  # (G, C)
         self.usage.zero_()
         if self.inputs is None or not dead.any():
             return 0
         a = self.inputs.transpose(0, 1)  # (G, N, d)
-        picks = self._draw(self._nearest(a)[1], min(self.n_codes, a.shape[1]), generator)
-        rank = (dead.cumsum(-1) - 1).clamp(0, picks.shape[1] - 1)  # the first dead code gets the first pick
-        self.codes.copy_(torch.where(dead.unsqueeze(-1), _take(a, picks.gather(1, rank)), self.codes))
+        n_seeds = min(int(dead.sum(-1).max()), a.shape[1])
+        seeds = self._seeds(a, n_seeds, self._nearest(a)[1], generator, power=2) / self.k
+        rank = (dead.cumsum(-1) - 1).clamp(0, seeds.shape[1] - 1)  # the first dead code gets the first seed
+        self.codes.copy_(torch.where(dead.unsqueeze(-1), _take(seeds, rank), self.codes))
         if self.decay is not None:
-            self.average_count[dead] = 1 / self.n_codes
-            self.average_sum[dead] = self.codes[dead] / self.n_codes
+            self.share[dead] = 1 / self.n_codes
         for moment in (optimizer.state.get(self.codes, {}) if optimizer else {}).values():
             if moment.shape == self.codes.shape:
                 moment[dead] = 0
@@ -137,36 +127,25 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def start(self, inputs, rounds=10, generator=None):
-        """Sets the codes by k-means on recorded inputs (N, groups * dim).
-
-        The seeds are drawn in 16 lots, each in proportion to the squared distance to the nearest seed so
-        far (k-means||, Bahmani et al. 2012), so that rare clusters get codes too; then `rounds` of Lloyd.
-        """
+        """Sets the codes by k-means on recorded inputs (N, groups * dim); for k > 1, to a k-th of the clusters' means."""
         a = inputs.float().view(-1, self.groups, self.dim).transpose(0, 1).contiguous()  # (G, N, d)
         if a.shape[1] < self.n_codes:
             raise ValueError(f"{self.n_codes} codes need as many inputs to start from, not {a.shape[1]}")
-        done, nearest = 0, torch.ones(a.shape[:2], device=a.device)
-        for lot in torch.arange(self.n_codes).tensor_split(min(16, self.n_codes)):
-            seeds = _take(a, self._draw(nearest, len(lot), generator))
-            distance = self._nearest(a, seeds)[1]
-            nearest = torch.minimum(nearest, distance) if done else distance
-            self.codes[:, done : done + len(lot)] = seeds
-            done += len(lot)
+        self.codes.copy_(self._seeds(a, self.n_codes, None, generator))
         for _ in range(rounds):
             count, total = self._assign(a)
-            self._set_to_mean(count, total)
+            self.codes.copy_(torch.where(count > 0, total / count.clamp_min(1), self.codes))
         if self.decay is not None:
-            count, _ = self._assign(a)
-            self.average_count.copy_(count / a.shape[1])
-            self.average_sum.copy_(self.codes * self.average_count.unsqueeze(-1))
+            self.share.copy_(self._assign(a)[0].squeeze(-1) / a.shape[1])
+        self.codes /= self.k
         self.usage.zero_()
 
     def _assign(self, a):
-        """How many of a (G, N, d) are nearest to each code, and their sum: (G, C), (G, C, d)."""
+        """How many of a (G, N, d) are nearest to each code, and their sum: (G, C, 1), (G, C, d)."""
         ids, _ = self._nearest(a)
         count = torch.zeros_like(self.usage).scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.float32))
         total = torch.zeros_like(self.codes).scatter_add_(1, ids.unsqueeze(-1).expand_as(a), a)
-        return count, total
+        return count.unsqueeze(-1), total
 
     def _nearest(self, a, codes=None):
         """For each of a (G, N, d): the id of the nearest code and the squared distance to it, (G, N)."""
@@ -174,10 +153,19 @@ class Codebook(nn.Module):
         ids = topk_codes(a.transpose(0, 1), codes, 1, "distance")[1].squeeze(-1).T
         return ids, (a - _take(codes, ids)).square().sum(-1)
 
-    @staticmethod
-    def _draw(weights, n, generator):
-        """n different columns of (G, N), drawn in proportion to their weights."""
-        return torch.multinomial(weights + 1e-12, n, generator=generator)
+    def _seeds(self, a, n, nearest, generator, power=1):
+        """n of a (G, N, d) that are far from each other, and from codes at the squared distance `nearest` (G, N).
+
+        In 16 lots, each drawn in proportion to (the power of) the squared distance to what is there already
+        (k-means||, Bahmani et al. 2012), so that rare clusters get codes too, and no cluster gets many.
+        """
+        seeds = []
+        for lot in torch.arange(n).tensor_split(min(16, n)):
+            weights = torch.ones(a.shape[:2], device=a.device) if nearest is None else nearest**power + 1e-12
+            seeds.append(_take(a, torch.multinomial(weights, len(lot), generator=generator)))
+            distance = self._nearest(a, seeds[-1])[1]
+            nearest = distance if nearest is None else torch.minimum(nearest, distance)
+        return torch.cat(seeds, dim=1)
 
     def get_extra_state(self):
         """So that a saved model knows whether its codebooks were on."""

@@ -9,7 +9,7 @@
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
@@ -22,23 +22,25 @@ SITES = ("head", "attn", "mlp_mid", "mlp", "block")  # in the order in which a b
 
 
 def option(default, help, **more):
-    """A dataclass field whose documentation is the help of its command-line flag."""
+    """A dataclass field whose documentation is the help of its flag; least, below and choices are what is valid."""
     return field(default=default, metadata={"help": help, **more})
 
 
 @dataclass
 class GPTConfig:
-    vocab_size: int = option(11, "tokens in the vocabulary", flag=False)
-    block_size: int = option(128, "tokens in a sequence")
-    n_layer: int = option(2, "transformer blocks")
-    n_head: int = option(4, "attention heads a block")
-    n_embd: int = option(64, "dimensions of the residual stream")
+    vocab_size: int = option(11, "tokens in the vocabulary", least=1, flag=False)
+    block_size: int = option(128, "tokens in a sequence", least=1)
+    n_layer: int = option(2, "transformer blocks", least=1)
+    n_head: int = option(4, "attention heads a block", least=1)
+    n_embd: int = option(64, "dimensions of the residual stream", least=1)
     codebooks: str = option("head,mlp", "sites with codebooks, of head,attn,mlp_mid,mlp,block; or none")
-    n_codes: int = option(2048, "codes in a codebook")
-    n_codes_head: int = option(256, "codes in the codebook of one head")
-    k: int = option(1, "codes chosen at a site and position")
-    similarity: str = option("distance", "what a code is chosen by: cosine, distance or dot")
-    decay: float | None = option(0.98, "codes are moving averages with this decay a step; none: learnt by gradient")
+    n_codes: int = option(960, "codes in a codebook", least=1)
+    n_codes_head: int = option(16, "codes in the codebook of one head", least=1)
+    k: int = option(1, "codes chosen at a site and position", least=1)
+    similarity: str = option("distance", "what a code is chosen by: cosine, distance or dot", choices=SIMILARITIES)
+    decay: float | None = option(
+        None, "codes are moving averages with this decay a step, such as 0.98; none: learnt by gradient", least=0, below=1
+    )
 
     def sites(self):
         """The sites that have codebooks, in the order of SITES."""
@@ -49,13 +51,14 @@ class GPTConfig:
         return [site for site in SITES if site in names]
 
     def __post_init__(self):
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_codes", "n_codes_head", "k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.similarity not in SIMILARITIES:
-            raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}, not {self.similarity!r}")
-        if self.decay is not None and not 0 <= self.decay < 1:
-            raise ValueError(f"decay must be none, or at least 0 and less than 1, not {self.decay}")
+        for f in fields(self):
+            value, valid = getattr(self, f.name), f.metadata
+            if "choices" in valid and value not in valid["choices"]:
+                raise ValueError(f"{f.name} must be one of {', '.join(valid['choices'])}, not {value!r}")
+            if "least" in valid and value is not None and not value >= valid["least"]:
+                raise ValueError(f"{f.name} must be at least {valid['least']}, not {value}")
+            if "below" in valid and value is not None and not value < valid["below"]:
+                raise ValueError(f"{f.name} must be below {valid['below']}, not {value}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         for site in self.sites():
@@ -188,10 +191,7 @@ class GPT(nn.Module):
         if cache is not None:
             cache.length += n_tokens
         logits = self.lm_head(self.ln_f(x))  # (B, T, vocab_size)
-        loss = None
-        if targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        return logits, loss
+        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None, generator=None, use_cache=True):
         """Continues tokens (B, T) to (B, T + max_new_tokens), sampling at `temperature`; 0 takes the most probable.
@@ -199,10 +199,8 @@ class GPT(nn.Module):
         With the cache each step runs one position; without it, all of them: the same tokens, more slowly.
         """
         if tokens.shape[1] + max_new_tokens > self.config.block_size + 1:
-            raise ValueError(
-                f"a prompt of {tokens.shape[1]} tokens and {max_new_tokens} new ones are more than "
-                f"the block_size of {self.config.block_size}, and one"
-            )
+            asked = f"a prompt of {tokens.shape[1]} tokens and {max_new_tokens} new ones"
+            raise ValueError(f"{asked} are more than the block_size of {self.config.block_size}, and one")
         cache = Cache() if use_cache else None
         self.prompt_length = tokens.shape[1]  # so that position -1 goes on meaning the prompt's last
         try:
@@ -218,7 +216,7 @@ class GPT(nn.Module):
 
 def choose(logits, temperature=1.0, top_k=None, generator=None):
     """Samples a token (B, 1) from logits (B, vocab_size); temperature 0 takes the most probable."""
-    if temperature == 0:
+    if temperature < 1e-6:
         return logits.argmax(-1, keepdim=True)
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]

@@ -7,20 +7,20 @@ from pathlib import Path
 import torch
 
 from minicode.fsm import FSM
-from minicode.train import TrainConfig, add_flags, given, load_run, open_session, train, user_errors
+from minicode.run import TrainConfig, add_flags, given, load_run, user_errors
+from minicode.train import open_session, train
 
-# The default is our recipe: each field of GPTConfig and TrainConfig that is not the paper's says so there.
+# The default is our recipe. README.md, "What differs from the paper", has what each departure gains, and the command.
 PRESETS = {
     "default": {},
     "paper": dict(
-        n_layer=4, n_embd=128, n_head=4, block_size=128, n_codes=1000, n_codes_head=1000, similarity="cosine",
-        decay=None, dense_share=0.0, codebook_lr=1.0, commitment=0.0, revive_every=0, lr=1e-3, batch_size=64,
-        steps=20_000,
+        n_layer=4, n_embd=128, n_head=4, block_size=128, n_codes=1000, n_codes_head=1000, similarity="cosine", decay=None,
+        dense_share=0.0, codebook_lr=1.0, commitment=0.0, revive_every=0, lr=1e-3, batch_size=64, steps=20_000,
     ),
 }  # fmt: skip
-RELEASED = dict(loss=1.2691, accuracy=0.4525, transition_accuracy=0.6365, first_transition_accuracy=0.88,
-                dead_code_fraction=0.93)  # fmt: skip
-COLUMNS = ("loss", "accuracy", "transition_accuracy", "first_transition_accuracy", "dead_code_fraction")
+RELEASED = {  # at its best, from its authors' run
+    "loss": 1.2691, "accuracy": 0.4525, "transition_accuracy": 0.6365, "first_transition_accuracy": 0.88, "dead_code_fraction": 0.93,
+}  # fmt: skip
 
 
 def main(argv=None):
@@ -37,7 +37,10 @@ def main(argv=None):
         config = TrainConfig(**{**PRESETS[args.preset], **given(args, TrainConfig), "vocab_size": fsm.vocab_size})
         session = open_session(config, fsm, args.out, args.resume, args.overwrite)
     print(f"TokFSM: {fsm.n_states} states, {fsm.n_edges} edges each; codebooks at {', '.join(config.sites()) or 'no site'}")
-    summary = train(session)
+    try:
+        summary = train(session)
+    except FloatingPointError as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
     if summary is None:
         print("\nstopped; the same command with --resume continues it", file=sys.stderr)
         return 130
@@ -49,18 +52,15 @@ def main(argv=None):
 
 
 def table(summary):
-    """The run beside the loss floor, its dense model and the released one."""
-    rows = [("this run", summary)]
+    """The run beside its dense model, the loss floor and the released model."""
+    columns = {"this run": summary, "loss floor": {"loss": summary["loss_floor"]}, "released, 2.6 B tokens": RELEASED}
     if summary["dense"]:
-        rows.append((f"its dense model, step {summary['dense']['step']}", summary["dense"]))
-    rows.append(("loss floor", {"loss": summary["loss_floor"]}))
-    rows.append(("released model, 2.6 B tokens", RELEASED))
-    lines = [f"{'':30}" + "".join(f"{name.replace('_accuracy', '').replace('_code_fraction', ''):>18}" for name in COLUMNS)]
-    for title, row in rows:
-        cells = [f"{row[name]:18.4f}" if name in row else f"{'-':>18}" for name in COLUMNS]
-        lines.append(f"{title:30}" + "".join(cells))
-    lines.append(f"{summary['tokens'] / 1e6:.1f} M tokens in {summary['seconds']:.0f} s")
-    return "\n".join(lines)
+        columns[f"dense, step {summary['dense']['step']}"] = summary["dense"]
+    lines = [" " * 26 + "".join(f"{title:>{len(title) + 3}}" for title in columns)]
+    for name in RELEASED:
+        cells = (f"{row[name]:.4f}" if name in row else "-" for row in columns.values())
+        lines.append(f"{name:26}" + "".join(f"{cell:>{len(title) + 3}}" for title, cell in zip(columns, cells)))
+    return "\n".join([*lines, f"{summary['tokens'] / 1e6:.1f} M tokens in {summary['seconds']:.0f} s"])
 
 
 if __name__ == "__main__":

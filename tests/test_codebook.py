@@ -64,9 +64,7 @@ def test_gradient_accumulation_adds_up():
 def test_codes_are_moving_averages_of_what_they_are_assigned(k):
     torch.manual_seed(0)
     book = Codebook(5, 3, k, groups=2, decay=0.9, similarity="distance")
-    with torch.no_grad():
-        book.average_count.fill_(0.2)
-        book.average_sum.copy_(0.2 * book.codes)
+    assert (book.share == 0.2).all()
     before, x = book.codes.clone(), torch.randn(40, 6)
     q = book(x).view(40, 2, 3)
     ids, a = book.ids, x.view(40, 2, 3)
@@ -101,6 +99,14 @@ def test_start_finds_separate_clusters_and_rare_ones():
     book.start((centres[which] + 0.01 * torch.randn(len(which), 2, 4)).flatten(1))
     q = book.eval()(centres.flatten(1)).view(30, 2, 4)
     assert (q - centres).abs().max() < 0.1
+
+
+def test_start_with_k_codes_a_choice_sums_to_the_data():
+    torch.manual_seed(0)
+    x = 3 + torch.randn(2000, 8)
+    book = Codebook(30, 8, k=4)
+    book.start(x)
+    assert (book.eval()(x) - x).square().mean() < 1
 
 
 def test_dead_codes_are_revived_with_their_moments():

@@ -82,7 +82,7 @@ def test_compiled_in_one_graph_gives_the_same_loss(fsm):
     [
         ({"n_embd": 30, "n_head": 4}, r"n_embd \(30\) must be a multiple of n_head \(4\)"),
         ({"codebooks": "head,mpl"}, "there is no site 'mpl'; the sites are head, attn, mlp_mid, mlp, block, or none"),
-        ({"k": 300}, r"k \(300\) is more than the 256 codes of a head codebook"),
+        ({"k": 300}, r"k \(300\) is more than the 16 codes of a head codebook"),
         ({"n_layer": 0}, "n_layer must be at least 1, not 0"),
         ({"similarity": "cosin"}, "similarity must be one of cosine, distance, dot, not 'cosin'"),
     ],

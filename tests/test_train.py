@@ -14,9 +14,11 @@ import torch
 from conftest import TINY
 
 from minicode import FSM, GPT, load_run
+from minicode import run as runs
 from minicode import train as training
+from minicode.run import TrainConfig
 from minicode.sample import main as sample
-from minicode.train import TrainConfig, evaluate, learning_rate
+from minicode.train import evaluate, learning_rate
 from minicode.train_fsm import PRESETS
 from minicode.train_fsm import main as train_fsm
 
@@ -77,13 +79,13 @@ def test_gradients_of_a_step_are_those_of_loss_and_pulls(fsm):
 
 def test_run_folder(tiny_run):
     run = load_run(tiny_run)
-    metrics = training.read_metrics(tiny_run)
+    metrics = runs.read_metrics(tiny_run)
     assert [line["step"] for line in metrics] == [30, 60]
     assert "dead_code_fraction" not in metrics[0] and 0 <= metrics[1]["dead_code_fraction"] < 1
     assert run.summary["dense"] == metrics[0] and run.summary["loss"] == metrics[1]["loss"]
     assert run.summary["loss_floor"] == run.fsm.loss_floor(12) and run.summary["tokens"] == 60 * 8 * 12
-    assert sorted(p.name for p in tiny_run.iterdir()) == sorted(training.FILES)
-    assert evaluate(run.model, run.fsm, 0).items() <= run.summary.items()
+    assert sorted(p.name for p in tiny_run.iterdir()) == sorted(runs.FILES)
+    assert evaluate(run.model, run.fsm, 0, 1024).items() <= run.summary.items()
     assert run.fsm == FSM(16, 3, 4) and not run.model.training
 
 
@@ -92,7 +94,7 @@ def test_dead_codes_are_those_that_evaluation_never_chooses(tiny_run):
     with torch.no_grad():
         for codebook in run.model.codebooks().values():
             codebook.codes[:, 1:] = 1e6  # so far away that code 0 is always the nearest
-    figures = evaluate(run.model, run.fsm, 0)
+    figures = evaluate(run.model, run.fsm, 0, 1024)
     n_codes = 2 * (32 + 2 * 8)
     assert figures["dead_code_fraction"] == pytest.approx((n_codes - 6) / n_codes)
     assert figures["sites"]["mlp.0"] == {"dead_code_fraction": pytest.approx(31 / 32), "perplexity": pytest.approx(1)}
@@ -144,7 +146,7 @@ def test_ctrl_c_leaves_a_run_that_resumes(tiny_run, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*command, "--steps", "4000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True, env=environment)  # fmt: skip
-    while not process.stdout.readline().startswith("step    30/"):
+    while not process.stdout.readline().startswith("step    30 "):
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=100)
@@ -153,6 +155,24 @@ def test_ctrl_c_leaves_a_run_that_resumes(tiny_run, tmp_path):
     assert 30 <= state["step"] < 4000 and state["step"] % 20  # not one of the regular checkpoints
     model = load_run(tmp_path / "run").model
     assert not any(codebook.enabled for codebook in model.codebooks().values())
+
+
+def test_seed_is_not_the_machines(tmp_path):
+    train(tmp_path / "a", "--seed", "3", "--steps", "2")
+    assert load_run(tmp_path / "a").fsm == FSM(16, 3, 4, seed=0)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        train(tmp_path / "a", "--lr", "1e30")
+    assert error.value.code == 1 and "try a lower --lr" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert (tmp_path / "a" / "config.json").exists()
+
+
+def test_damaged_metrics_are_refused_on_resume(tiny_run, tmp_path, capsys):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    (folder / "metrics.jsonl").write_text("{]\n")
+    assert "metrics.jsonl is damaged" in refusal(train_fsm, "--out", folder, *TINY, "--resume", capsys=capsys)
 
 
 def test_bfloat16_and_compile(tmp_path):
@@ -184,7 +204,8 @@ def test_existing_runs_are_never_lost(tiny_run, tmp_path, capsys):
         (["--n-embd", "30", "--n-head", "4"], "n_embd (30) must be a multiple of n_head (4)"),
         (["--codebooks", "head,mpl"], "there is no site 'mpl'"),
         (["--n-edges", "17"], "a machine needs"),
-        (["--device", "warp"], "device 'warp' can't be used here"),
+        (["--device", "warp"], "device must be cpu, cuda or auto, not 'warp'"),
+        (["--block-size", "3"], "block_size (3) must hold two states"),
         (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
         (["--n-code", "5", "--stepps", "3"], "unrecognized arguments: --n-code 5 --stepps 3"),
         (["--preset", "papper"], "invalid choice: 'papper'"),
@@ -252,7 +273,7 @@ def damage_missing(folder):
         (damage_type, "config.json is damaged: n_layer is '2'"),
         (damage_version, "another version of minicode"),
         (damage_json, "fsm.json is damaged"),
-        (damage_missing, "model.pt does not exist"),
+        (damage_missing, "has no checkpoint yet"),
     ],
 )
 def test_damaged_and_hostile_files_are_refused_in_one_line(damage, words, tiny_run, tmp_path, capsys, monkeypatch):

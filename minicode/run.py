@@ -1,0 +1,196 @@
+"""A run: its configuration, which becomes the flags of the commands, and the folder of files it leaves.
+
+Nothing read from a folder is executed, and nothing in it is overwritten by accident or left half written.
+"""
+
+import argparse
+import io
+import json
+import math
+import os
+import warnings
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+from minicode.fsm import FSM
+from minicode.model import GPT, GPTConfig, option
+
+VERSION = 1  # of the files in a run's folder
+FILES = ("config.json", "fsm.json", "model.pt", "train_state.pt", "metrics.jsonl", "summary.json")
+
+
+@dataclass
+class TrainConfig(GPTConfig):
+    seed: int = option(0, "seed of everything but the machine: weights, batches, k-means", least=0)
+    steps: int = option(4000, "training steps", least=1)
+    batch_size: int = option(16, "sequences in a batch", least=1)
+    lr: float = option(4e-3, "peak learning rate; warm-up, then a cosine to a tenth of it", least=0)
+    dense_share: float = option(
+        0.5, "share of the steps trained dense, before codebooks start by k-means; 0: random codes", least=0, below=1
+    )
+    codebook_lr: float = option(0.5, "learning rate with codebooks started, as a share of lr", least=0)
+    autoencoding: float = option(1.0, "weight of |q - stop_gradient(a)|^2, which moves codes that learn by gradient", least=0)
+    commitment: float = option(5.0, "weight of |a - stop_gradient(q)|^2, which keeps activations near their codes", least=0)
+    revive_every: int = option(100, "steps between revivals of dead codes; 0: never", least=0)
+    revive_after: float = option(0.7, "share of the steps with codebooks before the first revival", least=0)
+    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
+    dtype: str = option(
+        "float32", "float32, or bfloat16 (autocast; the search stays in float32)", choices=("float32", "bfloat16")
+    )
+    compile: bool = option(False, "compile the model with torch.compile")
+    eval_every: int = option(400, "steps between evaluations", least=1)
+    checkpoint_every: int = option(1000, "steps between checkpoints", least=1)
+
+    @property
+    def dense_steps(self):
+        """Steps before the codebooks come in: all of them for a model without."""
+        return int(self.dense_share * self.steps) if self.sites() else self.steps
+
+
+def add_flags(parser, cls):
+    for f in fields(cls):
+        if f.metadata.get("flag", True):
+            flag, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (default: {f.default})"
+            if f.type is bool:
+                parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
+            else:
+                kind = number if f.type == float | None else f.type
+                parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text, metavar=kind.__name__)
+
+
+def number(text):
+    return None if text == "none" else float(text)
+
+
+def given(args, cls):
+    """The fields of cls that the command line names."""
+    return {f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name) and f.metadata.get("flag", True)}
+
+
+@contextmanager
+def user_errors(parser):
+    """A user's mistake ends the command with one line and exit status 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+
+
+def write(path, content):
+    """Writes text or bytes so that the file appears whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content if isinstance(content, bytes) else content.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_tensors(path, data):
+    buffer = io.BytesIO()
+    torch.save(data, buffer)
+    write(path, buffer.getvalue())
+
+
+def read_tensors(path, device):
+    """A file of tensors; one that is damaged, or that would run code, is a ValueError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # whatever the zip reader and the unpickler raise
+        raise ValueError(f"{path} is damaged, or no file of tensors, and was not loaded ({type(error).__name__})") from None
+
+
+def read_json(path, build):
+    """build(data) of a JSON file; anything wrong with it is a ValueError that names the file."""
+    try:
+        return build(json.loads(path.read_text()))
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def config_from_json(data):
+    data = dict(data)
+    if data.pop("version") != VERSION:
+        raise ValueError(f"it was written by another version of minicode; this one reads version {VERSION}")
+    types = {f.name: f.type for f in fields(TrainConfig)}
+    if data.keys() != types.keys():
+        raise ValueError(f"unknown or missing: {', '.join(sorted(data.keys() ^ types.keys()))}")
+    for name, value in data.items():
+        kind = types[name] | int if types[name] in (float, float | None) else types[name]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{name} is {value!r}")
+    return TrainConfig(**data)
+
+
+def open_run(folder, config, data, resume=False, overwrite=False):
+    """Makes the folder of a new run, or checks that it holds this one; an existing run is never lost by accident."""
+    exists = (folder / "config.json").exists()
+    if resume:
+        if not exists:
+            raise ValueError(f"there is no run in {folder} to resume")
+        saved = read_json(folder / "config.json", config_from_json)
+        free = ("device", "compile")
+        differ = [name for name, value in asdict(config).items() if value != getattr(saved, name) and name not in free]
+        if differ or read_json(folder / "fsm.json", FSM.from_json) != data:
+            raise ValueError(f"the run in {folder} has other settings than these: {', '.join(differ) or 'its machine'}")
+        return
+    if exists and not overwrite:
+        raise ValueError(f"{folder} holds a run already: --resume continues it, --overwrite replaces it")
+    if folder.exists() and not exists and any(path.suffix != ".tmp" for path in folder.iterdir()):
+        raise ValueError(f"{folder} is not empty, and not a run")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES[1:]:  # config.json stays: by it a folder is known as a run, however often it is killed here
+        (folder / name).unlink(missing_ok=True)
+    write(folder / "config.json", json.dumps({"version": VERSION, **asdict(config)}, indent=1))
+    write(folder / "fsm.json", json.dumps(data.to_json()))
+
+
+@dataclass
+class Run:
+    """A run as read back from its folder."""
+
+    folder: Path
+    config: TrainConfig
+    model: GPT
+    fsm: FSM
+    summary: dict  # the final figures; empty while the run is unfinished
+
+
+def load_run(folder, device="cpu"):
+    """The run in a folder, its model in evaluation mode; ValueError if there is none, or a file is damaged."""
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise ValueError(f"there is no run in {folder}: python -m minicode.train_fsm --out {folder} makes one")
+    if not (folder / "model.pt").exists():
+        raise ValueError(f"the run in {folder} has no checkpoint yet: its command with --resume goes on with it")
+    config = read_json(folder / "config.json", config_from_json)
+    fsm = read_json(folder / "fsm.json", FSM.from_json)
+    model = GPT(config).to(device)
+    state = read_tensors(folder / "model.pt", device)
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{folder / 'model.pt'} does not hold the model of config.json: {reason}") from None
+    done = (folder / "summary.json").exists()
+    return Run(folder, config, model.eval(), fsm, read_json(folder / "summary.json", dict) if done else {})
+
+
+def read_metrics(folder, up_to=math.inf):
+    """The lines of metrics.jsonl, one an evaluation, up to a step; half a line at the end does not count."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    try:
+        metrics = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [line for line in metrics if line["step"] <= up_to]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def write_metrics(folder, metrics):
+    write(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in metrics))
