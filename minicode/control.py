@@ -4,6 +4,7 @@ A code is written mlp.LAYER.CODE, or head.LAYER.HEAD.CODE, with @POSITION behind
 meant: mlp.1.527, head.0.3.12@4, mlp.1.527@-1 (from the end of the prompt). As in the paper's tables.
 """
 
+import operator
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 
 from minicode.model import SITES
 
+GENERATED = "generated"  # the positions at which the tokens after the prompt are sampled
 NOTATION = re.compile(r"(?:head\.(\d+)\.(\d+)|(\w+)\.(\d+))\.(\d+)(?:@(-?\d+))?")
 
 
@@ -69,23 +71,20 @@ def codebook_of(model, site, text):
 def record(model):
     """Within the block, a dict of the codes that the last sequences chose: {"mlp.1": ids (B, T, G, k), ...}.
 
-    G is the number of heads at the site head, else 1; best first. Passes with a cache are joined.
-
-        with record(model) as codes:
-            model(tokens)
-        codes["head.0"][0, 5, 3]        # what head 3 of layer 0 chose at position 5: (k,)
+    G is the number of heads at the site head, else 1; best first. Passes with a cache are joined. So after the
+    block codes["head.0"][0, 5, 3] is what head 3 of layer 0 chose at position 5 of the first sequence: (k,).
     """
     codes = {}
 
-    def keep(name):
-        def hook(codebook, inputs, output):
-            if codebook.enabled:
-                past = [codes[name]] if model.span.start and name in codes else []
-                codes[name] = torch.cat([*past, codebook.ids], dim=1)
+    def keep(name, codebook):
+        if codebook.enabled:
+            past = [codes[name]] if model.span.start and name in codes else []
+            codes[name] = torch.cat([*past, codebook.ids], dim=1)
 
-        return hook
-
-    hooks = [codebook.register_forward_hook(keep(name)) for name, codebook in model.codebooks().items()]
+    hooks = [
+        codebook.register_forward_hook(lambda codebook, inputs, output, name=name: keep(name, codebook))
+        for name, codebook in model.codebooks().items()
+    ]
     try:
         yield codes
     finally:
@@ -100,10 +99,9 @@ def force(model, codes, position=None):
     sequences or (B, G, k) for each of them, as `record` gives them for one position. `position` is where those
     codes are forced that do not say so themselves: None means at every position.
 
-    A forced code takes a slot among the k of its site. If it is chosen already nothing changes, to the last
-    bit; else it takes the place of the weakest chosen code that is not forced itself. Blocks nest.
-    Paper: section 4.3. Raises ValueError for codes that do not exist or more than k at a site, and on leaving
-    the block if a position was never reached.
+    If a forced code is chosen already nothing changes, to the last bit; else it takes the place of the weakest of
+    the k chosen that is not forced itself. Blocks nest. Paper: section 4.3. Raises ValueError for codes that do not
+    exist; when the model runs, for more than k at a place; and on leaving the block, for a position never reached.
     """
     return _edit(model, codes, position, "force")
 
@@ -119,25 +117,22 @@ class _Edit:
     name: str  # as the user wrote it
     ids: torch.Tensor  # (B or 1, 1, G, 1)
     groups: torch.Tensor  # (G, 1) bool: the heads it is about
-    position: int | slice | None
+    position: int | str | None
     reached: bool | None = None  # None until the model runs
 
     def where(self, model, ids):
         """The places in ids (B, T, G, k) that this edit is about: bool (1, T, G, 1)."""
-        span = model.span
+        span, end = model.span, model.prompt_length or model.span.stop
         if len(self.ids) not in (1, len(ids)):
             raise ValueError(f"{self.name}: there are codes for {len(self.ids)} sequences, but the input has {len(ids)}")
+        onwards = self.position in (None, GENERATED)
+        first = {None: 0, GENERATED: end - 1}[self.position] if onwards else self.position
+        first += end if first < 0 else 0
+        if first < 0:
+            raise ValueError(f"{self.name}@{self.position} is before the start of the prompt")
+        self.reached = bool(self.reached) or onwards or first in span
         at = torch.arange(span.start, span.stop, device=ids.device).view(1, -1, 1, 1)
-        if self.position is None:
-            return self.groups.expand(1, len(span), -1, 1)
-        onwards = isinstance(self.position, slice)
-        position = self.position.start if onwards else self.position
-        if position < 0:
-            position += model.prompt_length or span.stop
-            if position < 0:
-                raise ValueError(f"{self.name}@{self.position} is before the start of the prompt")
-        self.reached = bool(self.reached) or position in span
-        return ((at >= position) if onwards else (at == position)) & self.groups
+        return ((at >= first) if onwards else (at == first)) & self.groups
 
 
 class _Control:
@@ -147,43 +142,31 @@ class _Control:
         self.model, self.codebook, self.edits = model, codebook, []
 
     def __call__(self, a):
-        codebook = self.codebook
-        k = codebook.k
-        forced = [edit for edit in self.edits if edit.kind == "force"]
+        k, n_codes = self.codebook.k, self.codebook.n_codes
         blocked = [edit for edit in self.edits if edit.kind == "block"]
-        ids = codebook.search(a, extra=min(len(blocked), codebook.n_codes - k))  # (B, T, G, k + extra)
+        ids = self.codebook.search(a, extra=min(len(blocked), n_codes - k))  # (B, T, G, k + extra)
         bad = torch.zeros_like(ids, dtype=torch.bool)
         for edit in blocked:
             bad |= edit.where(self.model, ids) & (ids == edit.ids)
+        if (bad.sum(-1) > ids.shape[-1] - k).any():
+            raise ValueError(f"{blocked[-1].name}: at most {n_codes - k} codes can be blocked at a site")
         ids = ids.gather(-1, bad.sort(dim=-1, stable=True).indices)[..., :k]
-        places = [edit.where(self.model, ids) for edit in forced]
+        forced = [(edit, edit.where(self.model, ids)) for edit in self.edits if edit.kind == "force"]
         held = torch.zeros_like(ids, dtype=torch.bool)  # slots that belong to forced codes
-        for edit, place in zip(forced, places):
+        for edit, place in forced:
             held |= place & (ids == edit.ids)
+            for other in blocked:
+                if (place & other.where(self.model, ids) & (edit.ids == other.ids)).any():
+                    raise ValueError(f"{edit.name} is both forced and blocked")
         slots = torch.arange(k, device=ids.device)
-        for edit, place in zip(forced, places):
-            weakest = torch.where(held, -1, slots).amax(-1, keepdim=True)
-            put = place & ~(ids == edit.ids).any(-1, keepdim=True) & (slots == weakest)
-            ids = torch.where(put, edit.ids, ids)
-            held |= put
+        for edit, place in forced:
+            weakest = torch.where(held, -1, slots).amax(-1, keepdim=True)  # -1: all are held
+            absent = place & ~(ids == edit.ids).any(-1, keepdim=True)
+            if (absent & (weakest < 0)).any():
+                raise ValueError(f"{edit.name}: at most {k} codes can be forced at a site")
+            put = absent & (slots == weakest)
+            ids, held = torch.where(put, edit.ids, ids), held | put
         return ids
-
-    def check(self):
-        """At most k codes can be forced, all but k blocked, and none both, at each place."""
-        codebook = self.codebook
-        for position in [edit.position for edit in self.edits]:
-            # An edit at many positions meets every other one somewhere.
-            here = [edit for edit in self.edits if not isinstance(edit.position, int) or edit.position == position]
-            for kind, most in (("force", codebook.k), ("block", codebook.n_codes - codebook.k)):
-                of_kind = [edit for edit in here if edit.kind == kind]
-                n = sum(edit.groups.int() for edit in of_kind).max() if of_kind else 0
-                if n > most:
-                    verb = {"force": "forced", "block": "blocked"}[kind]
-                    raise ValueError(f"{of_kind[-1].name}: at most {most} codes can be {verb} at a site, not {n}")
-            for one in here:
-                for other in here:
-                    if one.kind != other.kind and ((one.ids == other.ids) & one.groups & other.groups).any():
-                        raise ValueError(f"{one.name} is both forced and blocked")
 
 
 @contextmanager
@@ -193,41 +176,36 @@ def _edit(model, codes, position, kind):
         for codebook, edit in edits:
             codebook.control = codebook.control or _Control(model, codebook)
             codebook.control.edits.append(edit)
-        for codebook, _ in edits:
-            codebook.control.check()
         yield
         for _, edit in edits:
             if edit.reached is False:
                 raise ValueError(f"{edit.name}@{edit.position} had no effect: no input was that long")
     finally:
         for codebook, edit in edits:
-            if codebook.control and edit in codebook.control.edits:
-                codebook.control.edits.remove(edit)
-                codebook.control = codebook.control if codebook.control.edits else None
+            codebook.control.edits.remove(edit)
+            codebook.control = codebook.control if codebook.control.edits else None
 
 
 def _read(model, codes, position, kind):
     """The user's codes as (codebook, edit) pairs."""
-    edits = []
-    if isinstance(codes, dict):
-        for site, ids in codes.items():
-            codebook = codebook_of(model, site, site)
-            ids = torch.as_tensor(ids, device=codebook.codes.device)
-            if ids.dim() not in (2, 3) or ids.shape[-2] != codebook.groups:
-                raise ValueError(f"{site}: ids must be ({codebook.groups}, k) or (B, {codebook.groups}, k), "
-                                 f"not {tuple(ids.shape)}")
-            if ids.numel() and not 0 <= ids.min() <= ids.max() < codebook.n_codes:
-                raise ValueError(f"{site}: its codes are 0 to {codebook.n_codes - 1}, not {ids.min()} to {ids.max()}")
-            ids = ids.view(-1, 1, *ids.shape[-2:])  # (B or 1, 1, G, k)
-            groups = torch.ones(codebook.groups, 1, dtype=torch.bool, device=ids.device)
-            edits += [(codebook, _Edit(kind, site, column, groups, position)) for column in ids.split(1, dim=-1)]
-        return edits
-    for text in dict.fromkeys([codes] if isinstance(codes, str) else codes):
+    edits, position = [], position if position in (None, GENERATED) else operator.index(position)
+    tables = codes if isinstance(codes, dict) else {}
+    for site, ids in tables.items():
+        codebook = codebook_of(model, site, site)
+        ids = torch.as_tensor(ids, device=codebook.codes.device)
+        if ids.dim() not in (2, 3) or ids.shape[-2] != codebook.groups:
+            wanted = f"({codebook.groups}, k) or (B, {codebook.groups}, k)"
+            raise ValueError(f"{site}: ids must be {wanted}, not {tuple(ids.shape)}")
+        if ids.numel() and not 0 <= ids.min() <= ids.max() < codebook.n_codes:
+            raise ValueError(f"{site}: its codes are 0 to {codebook.n_codes - 1}, not {ids.min()} to {ids.max()}")
+        every = torch.ones(codebook.groups, 1, dtype=torch.bool, device=ids.device)
+        columns = ids.view(-1, 1, *ids.shape[-2:]).split(1, dim=-1)  # k of (B or 1, 1, G, 1)
+        edits += [(codebook, _Edit(kind, site, column, every, position)) for column in columns]
+    for text in () if tables else dict.fromkeys([codes] if isinstance(codes, str) else codes):
         code = Code.parse(text, model)
         codebook = model.codebooks()[code.site]
-        device = codebook.codes.device
-        groups = (torch.arange(codebook.groups, device=device) == code.group).unsqueeze(-1)
-        ids = torch.full((1, 1, codebook.groups, 1), code.id, device=device)
+        groups = torch.arange(codebook.groups, device=codebook.codes.device).unsqueeze(-1)  # (G, 1)
+        ids = torch.full_like(groups, code.id).view(1, 1, -1, 1)
         where = position if code.position is None else code.position
-        edits.append((codebook, _Edit(kind, text.split("@")[0], ids, groups, where)))
+        edits.append((codebook, _Edit(kind, text.split("@")[0], ids, groups == code.group, where)))
     return edits

@@ -24,15 +24,13 @@ class FSM:
 
     n_states: int = option(100, "states of the machine")
     n_edges: int = option(10, "successors of a state, all equally probable")
-    base: int = option(10, "base in which a state is written")
+    base: int = option(10, "base in which a state is written, 2 to 36")
     seed: int = option(0, "seed of the machine's edges", flag=False)
 
     def __post_init__(self):
         if self.n_states < 2 or not 2 <= self.base <= len(DIGITS) or not 1 <= self.n_edges <= self.n_states:
-            raise ValueError(
-                f"a machine needs n_states >= 2, a base from 2 to 36 and n_edges from 1 to n_states, "
-                f"not {self.n_states}, {self.base} and {self.n_edges}"
-            )
+            wrong = f"{self.n_states}, {self.base} and {self.n_edges}"
+            raise ValueError(f"a machine needs n_states >= 2, a base from 2 to 36, n_edges from 1 to n_states, not {wrong}")
         self.digits = 1  # a state's length in tokens
         while self.base**self.digits < self.n_states:
             self.digits += 1
@@ -87,7 +85,9 @@ class FSM:
         """A sequence (T,) from BOS on, for people: its states, with an x before one that may not follow."""
         states = self.decode(tokens[1:])
         marks = ["", *(" -> " if ok else " -x " for ok in self.allowed(states))]
-        return "".join(mark + self.name(state) for mark, state in zip(marks, states))
+        rest = "".join((DIGITS[: self.base] + "?")[d] for d in tokens[1 + len(states) * self.digits :])
+        text = "".join(mark + self.name(state) for mark, state in zip(marks, states))
+        return f"{text} .. {rest}" if rest else text
 
     def prompt(self, text):
         """BOS and the states that a text names, such as "38" or "38 07": tokens (1, T)."""
@@ -109,14 +109,11 @@ class FSM:
         No model's expected loss is lower. Exact: the first state, the distribution over states as it
         changes from step to step, and a state cut off by the end are all counted as they are.
         """
-        # digit_entropy[j, s]: entropy of the j-th digit of the next state, given state s and the digits before.
-        uniform = np.full((1, self.n_states), 1 / self.n_states)
-        rows = np.concatenate((self.transition_matrix, uniform))  # the last row: the first state, out of nothing
+        first = np.full((1, self.n_states), 1 / self.n_states)  # as if from one more state
+        rows = np.concatenate((self.transition_matrix, first))
         joint = [self._prefix_entropy(rows, j) for j in range(self.digits + 1)]
-        digit_entropy = np.diff(joint, axis=0)  # chain rule
-        source = np.zeros(self.n_states + 1)
-        source[-1] = 1.0
-        total = 0.0
+        digit_entropy = np.diff(joint, axis=0)  # [j, s]: of the next state's j-th digit, given s and the digits before
+        source, total = np.eye(self.n_states + 1)[-1], 0.0
         for i in range(length):
             total += source @ digit_entropy[i % self.digits]
             if i % self.digits == self.digits - 1:
@@ -139,7 +136,7 @@ class FSM:
         return float(self.allowed(self.decode(tokens[:, 1:].cpu())).mean())
 
     def next_state_probabilities(self, model):
-        """Probability of each next state after the prompt BOS s, for every state s: (N, N), rows sum to at most 1."""
+        """Probability of each next state after the prompt BOS s, for every state s: (N, N)."""
         prefixes = np.arange(self.base ** (self.digits - 1))
         tails = self.encode(prefixes)[:, 1:]  # (P, digits - 1): all but the last digit of the next state
         tables = []
@@ -176,11 +173,11 @@ class FSM:
         states = np.asarray(states)
         return torch.from_numpy(np.concatenate((np.full((len(states), 1), self.bos), self.encode(states)), axis=1))
 
-    def steer(self, model, tokens, b, sites, generator=None, random_codes=False):
+    def steer(self, model, tokens, b, sites, generator=None, random_codes=False, temperature=1.0, top_k=None):
         """Continues runs (n, T) by one state each, as if they were in the states b (n): tokens (n, T + digits).
 
-        At every digit, the codes are forced at `sites` that a run in b has there: at the last digit of the
-        run, those of BOS b; at a digit d sampled after it, those of BOS b d; and so on. Or random ones.
+        At every digit the codes are forced at `sites` that a run in b has there: at the run's last digit those of
+        BOS b, at a digit d sampled after it those of BOS b d, and so on. Or random ones.
         """
         tokens, b_run = tokens.to(model.device), self.runs(b).to(model.device)
         with ExitStack() as forced, evaluating(model):
@@ -189,10 +186,11 @@ class FSM:
                     model(b_run)
                 here = {site: codes[site][:, -1] for site in sites}  # (n, G, k)
                 if random_codes:
-                    here = {site: random_like(ids, model.codebooks()[site], generator) for site, ids in here.items()}
+                    sizes = {site: model.codebooks()[site].n_codes for site in sites}
+                    here = {s: torch.randint(sizes[s], ids.shape, generator=generator, device=ids.device) for s, ids in here.items()}
                 forced.enter_context(force(model, here, position=tokens.shape[1] - 1))
                 logits, _ = model(tokens)
-                new = choose(logits[:, -1].float(), generator=generator)
+                new = choose(logits[:, -1].float(), temperature, top_k, generator)
                 tokens, b_run = torch.cat((tokens, new), dim=1), torch.cat((b_run, new), dim=1)
         return tokens
 
@@ -223,16 +221,8 @@ class FSM:
         successors = np.asarray(data.pop("successors"))
         fsm = cls(**data)
         ordered = np.sort(successors, axis=-1)
-        if (
-            successors.shape != (fsm.n_states, fsm.n_edges)
-            or successors.dtype.kind != "i"
-            or not 0 <= successors.min() <= successors.max() < fsm.n_states
-            or (ordered[:, 1:] == ordered[:, :-1]).any()
-        ):
+        fits = successors.shape == (fsm.n_states, fsm.n_edges) and successors.dtype.kind == "i"
+        if not fits or ordered.min() < 0 or ordered.max() >= fsm.n_states or (ordered[:, 1:] == ordered[:, :-1]).any():
             raise ValueError(f"successors must be {fsm.n_edges} different states for each of {fsm.n_states}")
         fsm.connect(ordered)
         return fsm
-
-
-def random_like(ids, codebook, generator):
-    return torch.randint(codebook.n_codes, ids.shape, generator=generator, device=ids.device)

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minicode.control import Code, block, force, record
+from minicode.control import GENERATED, Code, block, force, record
 from minicode.model import evaluating
-from minicode.train import load_run, user_errors
+from minicode.run import load_run, user_errors
 
 
 def latest_run(root=Path("runs")):
@@ -50,19 +50,16 @@ def main(argv=None):
             if (value := getattr(args, name)) is not None and not value >= least:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
         result = demonstrate(run, args) if demonstration else sample(run, args)
-    if args.json:
-        print(json.dumps(result))
-    else:
-        print(describe(run.fsm, result) if demonstration else "\n".join(result["samples"]))
+    text = describe(run.fsm, result) if demonstration else "\n".join(result["samples"])
+    print(json.dumps(result) if args.json else text)
 
 
 def new_tokens(run, prompt, wanted, default):
     """How many tokens to sample after a prompt (1, T)."""
     room = run.config.block_size + 1 - prompt.shape[1]  # the last token is not run through the model
-    if room < 1:
-        raise ValueError(f"a prompt of {prompt.shape[1]} tokens leaves no room in the block of {run.config.block_size}")
-    if wanted is not None and wanted > room:
-        raise ValueError(f"--max-new-tokens {wanted} is more than the {room} that the block has room for")
+    if room < (wanted or 1):
+        size = f"a prompt of {prompt.shape[1]} tokens leaves room for {max(0, room)} more"
+        raise ValueError(f"{size} in the block of {run.config.block_size}, not for {wanted or 1}")
     return wanted or min(default, room)
 
 
@@ -74,12 +71,9 @@ def sample(run, args):
         position = Code.parse(text, run.model).position
         if position is not None and position >= prompt.shape[1] + n_new - 1:
             raise ValueError(f"{text}: this sample runs the positions 0 to {prompt.shape[1] + n_new - 2}")
-    generated = slice(-1, None)  # from the prompt's last position on, where the first token is sampled
-    with force(run.model, args.force_code, generated), block(run.model, args.block_code, generated):
-        tokens = run.model.generate(
-            prompt.repeat(args.num_samples, 1), n_new, args.temperature, args.top_k,
-            torch.Generator().manual_seed(args.seed),
-        )  # fmt: skip
+    with force(run.model, args.force_code, GENERATED), block(run.model, args.block_code, GENERATED):
+        generator, many = torch.Generator().manual_seed(args.seed), prompt.repeat(args.num_samples, 1)
+        tokens = run.model.generate(many, n_new, args.temperature, args.top_k, generator)
     samples = [run.fsm.show(row) for row in tokens.numpy()]
     return {"prompt": args.prompt or "", "samples": samples, "forced": args.force_code, "blocked": args.block_code}
 
@@ -90,7 +84,7 @@ def demonstrate(run, args):
     sites = [site for site, codebook in model.codebooks().items() if codebook.enabled]
     if not sites:
         raise ValueError(f"the model in {run.folder} has no codebooks, so it has no codes to force")
-    prompt = fsm.prompt(args.prompt or fsm.name(rng.integers(fsm.n_states)))
+    prompt = fsm.prompt((args.prompt or "").strip() or fsm.name(rng.integers(fsm.n_states)))
     n_new = max(fsm.digits, new_tokens(run, prompt, args.max_new_tokens, 6 * fsm.digits))
     a = fsm.decode(prompt[0, 1:].numpy())[-1]
     shared = (fsm.transition_matrix[a] > 0) @ (fsm.transition_matrix > 0).T  # successors in common with a
@@ -99,7 +93,7 @@ def demonstrate(run, args):
     generator = torch.Generator().manual_seed(args.seed)
     many = prompt.repeat(args.num_samples, 1)
     free = model.generate(many, n_new, args.temperature, args.top_k, generator)
-    steered = fsm.steer(model, many, np.full(len(many), b), sites, generator)
+    steered = fsm.steer(model, many, np.full(len(many), b), sites, generator, False, args.temperature, args.top_k)
     steered = model.generate(steered, n_new - fsm.digits, args.temperature, args.top_k, generator)
     mlps = [site for site in sites if site.startswith("mlp.")]
     return {
@@ -120,12 +114,8 @@ def codes_of(fsm, model, state, position):
     """What a run in a state chooses at its last digit, as codes to force at a position."""
     with evaluating(model), record(model) as codes:
         model(fsm.runs([state]))
-    return [
-        str(Code(site, group, int(code), position))
-        for site, ids in codes.items()
-        for group, chosen in enumerate(ids[0, -1])
-        for code in chosen
-    ]
+    chosen = [(site, group, code) for site, ids in codes.items() for group, row in enumerate(ids[0, -1]) for code in row]
+    return [str(Code(site, group, int(code), position)) for site, group, code in chosen]
 
 
 def describe(fsm, result):
@@ -135,24 +125,21 @@ def describe(fsm, result):
     width = max(map(len, result["samples_free"])) + 3
     rows = [f"{free:{width}}{forced}" for free, forced in zip(result["samples_free"], result["samples"])]
     successors = " ".join(fsm.name(s) for s in fsm.successors[int(b, fsm.base)])
-    return "\n".join(
-        [
-            f"A run is in state {a}. It is made to act as if in state {b}, whose successors are",
-            f"  {successors}",
-            f"by forcing the codes of {b} where {a} was read (and then those of {b} and the digit sampled):",
-            f"  {' '.join(result['forced'])}",
-            "",
-            f"{'left alone':{width}}codes of {b} forced",
-            *rows,
-            "",
-            f"Share of next states that are successors of b, over all {n_pairs:,} pairs of states a, b:",
-            f"  {result['control_before']:.3f}  nothing forced (chance: {chance:.2f})",
-            f"  {result['control_after']:.3f}  every site forced",
-            f"  {result['control_mlp']:.3f}  the MLPs alone",
-            f"  {result['control_random_codes']:.3f}  random codes at every site",
-            f"  {result['transition_accuracy']:.3f}  transition accuracy of the model left alone, the most that there is to reach",
-        ]
-    )
+    table = "\n".join([f"{'left alone':{width}}codes of {b} forced", *rows])
+    return f"""\
+A run is in state {a}. It is made to act as if in state {b}, whose successors are
+  {successors}
+by forcing the codes of {b} where {a} was read (and then those of {b} and the digit sampled):
+  {" ".join(result["forced"])}
+
+{table}
+
+Share of next states that are successors of b, over all {n_pairs:,} pairs of states a, b:
+  {result["control_before"]:.3f}  nothing forced (chance: {chance:.2f})
+  {result["control_after"]:.3f}  every site forced
+  {result["control_mlp"]:.3f}  the MLPs alone
+  {result["control_random_codes"]:.3f}  random codes at every site
+  {result["transition_accuracy"]:.3f}  transition accuracy of the model left alone, the most that there is to reach"""
 
 
 if __name__ == "__main__":

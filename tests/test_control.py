@@ -1,11 +1,12 @@
 """Interventions: a no-op is one to the last bit, and every other one does exactly what it says."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_tokens
 
 from minicode import block, force, record
-from minicode.control import Code
+from minicode.control import GENERATED, Code
 
 
 def run(model, tokens):
@@ -115,7 +116,7 @@ def test_positions_while_generating(use_cache, fsm):
         model.generate(prompt, 6, generator=torch.Generator().manual_seed(0), use_cache=use_cache)
     assert codes_at[3] == [7, 7] and codes_at[6] == [9, 9]
     assert all(codes_at[p] != [7, 7] or p == 3 for p in codes_at)
-    with force(model, "mlp.1.5", position=slice(-1, None)):
+    with force(model, "mlp.1.5", position=GENERATED):
         model.generate(prompt, 6, generator=torch.Generator().manual_seed(0), use_cache=use_cache)
     assert all((codes_at[p] == [5, 5]) == (p >= 3) for p in codes_at)
 
@@ -136,6 +137,20 @@ def test_leaving_a_block_restores_the_model(fsm):
         pass
     assert torch.equal(model(tokens)[0], before)
     assert all(codebook.control is None for codebook in model.codebooks().values())
+
+
+def test_positions_are_integers_of_any_kind(fsm):
+    model, tokens = make_model("mlp", k=1), make_tokens(fsm)
+    for position in (2, np.int64(2), torch.tensor(2), -6):
+        with force(model, "mlp.0.7", position), record(model) as codes:
+            model(tokens)
+        assert (codes["mlp.0"][:, 2] == 7).all() and not (codes["mlp.0"][:, [0, 1, 3]] == 7).all()
+    with force(model, "mlp.0.7", np.int64(0)), record(model) as codes:
+        model(tokens)
+    assert (codes["mlp.0"][:, 0] == 7).all() and not (codes["mlp.0"][:, 1:] == 7).all()
+    for position in (slice(1, 2), 1.5, "all"):
+        with pytest.raises(TypeError), force(model, "mlp.0.7", position):
+            pass
 
 
 def test_codes_for_each_sequence(fsm):
@@ -177,7 +192,6 @@ def test_notation():
         ({"mlp.1": [[-1]]}, "its codes are 0 to 31, not -1 to -1"),
         ({"head.0": [[1]]}, r"ids must be \(2, k\) or \(B, 2, k\)"),
         ({"mpl.1": [[1]]}, "no codebook at mpl.1"),
-        (["mlp.0.1", "mlp.0.2", "mlp.0.3"], "at most 2 codes can be forced at a site, not 3"),
     ],
 )
 def test_codes_that_can_not_be_forced(code, words):
@@ -186,19 +200,25 @@ def test_codes_that_can_not_be_forced(code, words):
 
 
 def test_contradictions(fsm):
-    model = make_model("mlp", k=2)
-    with pytest.raises(ValueError, match="mlp.0.3 is both forced and blocked"):
-        with force(model, "mlp.0.3@2"), block(model, "mlp.0.3"):
-            pass
-    with force(model, "mlp.0.3@2"), block(model, "mlp.0.3@4"):
-        model(make_tokens(fsm))
+    model, tokens = make_model("mlp", k=2), make_tokens(fsm, length=4)
+    for forced, blocked in (("mlp.0.3@2", "mlp.0.3"), ("mlp.0.3@-1", "mlp.0.3@3"), ("mlp.0.3", "mlp.0.3@0")):
+        with pytest.raises(ValueError, match="mlp.0.3 is both forced and blocked"):
+            with force(model, forced), block(model, blocked):
+                model(tokens)
+    for codes in (["mlp.0.1", "mlp.0.2", "mlp.0.3"], ["mlp.0.1", "mlp.0.2@-1", "mlp.0.3@3"]):
+        with pytest.raises(ValueError, match="at most 2 codes can be forced at a site"), force(model, codes):
+            model(tokens)
+    for codes in (["mlp.0.1", "mlp.0.1@2", "mlp.0.3"], ["mlp.0.1@1", "mlp.0.2@1", "mlp.0.3@2"]):
+        with force(model, codes):  # they never meet, or are the same
+            model(tokens)
+    with force(model, "mlp.0.3@2"), block(model, "mlp.0.3@1"):
+        model(tokens)
     with pytest.raises(ValueError, match="codes for 3 sequences, but the input has 2"):
         with force(model, {"mlp.0": torch.zeros(3, 1, 1, dtype=torch.long)}):
             model(make_tokens(fsm, n=2))
-    with pytest.raises(ValueError, match="at most 30 codes can be blocked"), block(
-        model, [f"mlp.0.{c}" for c in range(31)]
-    ):
-        pass
+    with pytest.raises(ValueError, match="at most 30 codes can be blocked"):
+        with block(model, [f"mlp.0.{c}" for c in range(31)]):
+            model(tokens)
     model.use_codebooks(False)
     with pytest.raises(ValueError, match="switched off"), force(model, "mlp.0.3"):
         pass

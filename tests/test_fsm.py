@@ -154,6 +154,7 @@ def test_show(fsm):
     never = next(s for s in range(16) if s not in fsm.successors[after])
     tokens = np.array([4, *fsm.encode([7, after, never]).reshape(-1), 4, 1])
     assert fsm.show(tokens) == f"13 -> {fsm.name(after)} -x {fsm.name(never)} -x ??"
+    assert fsm.show(tokens[:4]) == "13 .. " + fsm.name(after)[0] and fsm.show(np.array([4, 2])) == " .. 2"
 
 
 def test_saved_machine_is_checked(fsm):
