@@ -16,6 +16,7 @@ from conftest import TINY
 from minicode import FSM, GPT, load_run
 from minicode import run as runs
 from minicode import train as training
+from minicode.bench import main as bench
 from minicode.run import TrainConfig
 from minicode.sample import main as sample
 from minicode.train import evaluate, learning_rate
@@ -155,6 +156,13 @@ def test_ctrl_c_leaves_a_run_that_resumes(tiny_run, tmp_path):
     assert 30 <= state["step"] < 4000 and state["step"] % 20  # not one of the regular checkpoints
     model = load_run(tmp_path / "run").model
     assert not any(codebook.enabled for codebook in model.codebooks().values())
+
+
+@pytest.mark.parametrize("command", [train_fsm, sample, bench])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as error:
+        command(["--help"])
+    assert error.value.code == 0 and "usage: python -m minicode." in capsys.readouterr().out
 
 
 def test_seed_is_not_the_machines(tmp_path):
