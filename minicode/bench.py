@@ -4,7 +4,6 @@ The methods of a table are run in turn, round after round; shown are the median,
 peak is this machine's own: what torch reaches on one large square matmul.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from minicode import extension, topk
 from minicode.codebook import Codebook
 from minicode.fsm import FSM
 from minicode.model import GPT, evaluating
-from minicode.run import TrainConfig, load_run
+from minicode.run import Parser, TrainConfig, load_run
 from minicode.train import make_optimizer, train_step
 
 SHAPES = [  # groups, N, d, C, k
@@ -134,7 +133,7 @@ def bench_steps():
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m minicode.bench", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m minicode.bench", description=__doc__, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
@@ -164,9 +163,8 @@ def describe(result):
     for row in result["codebook"]:
         lines.append(f"\nCodebook layer, forward + backward, 64 x 128 x {row['groups']} x {row['d']}, {row['C']} codes")
         lines += [line(name, m, f"{row['methods']['matmul + topk']['ms'] / m['ms']:.2f} x") for name, m in row["methods"].items()]
-    lines.append("\ntraining step of the default preset")
-    lines += [line(name, m, f"{m['times_dense']:.2f} of dense") for name, m in result["training_step"].items()]
-    return "\n".join(lines)
+    steps = [line(name, m, f"{m['times_dense']:.2f} of dense") for name, m in result["training_step"].items()]
+    return "\n".join([*lines, "\ntraining step of the default preset", *steps])
 
 
 if __name__ == "__main__":

@@ -36,9 +36,7 @@ class TrainConfig(GPTConfig):
     revive_every: int = option(100, "steps between revivals of dead codes; 0: never, 29 % dead", least=0)
     revive_after: float = option(0.7, "share of the steps with codebooks before the first revival", least=0)
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
-    dtype: str = option(
-        "float32", "float32, or bfloat16 (autocast; the search stays in float32)", choices=("float32", "bfloat16")
-    )
+    dtype: str = option("float32", "float32, or bfloat16 (but for the search)", choices=("float32", "bfloat16"))
     compile: bool = option(False, "compile the model with torch.compile")
     eval_every: int = option(400, "steps between evaluations", least=1)
     checkpoint_every: int = option(1000, "steps between checkpoints", least=1)
@@ -69,13 +67,18 @@ def given(args, cls):
     return {f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name) and f.metadata.get("flag", True)}
 
 
-@contextmanager
-def user_errors(parser):
+class Parser(argparse.ArgumentParser):
     """A user's mistake ends the command with one line and exit status 2."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+    @contextmanager
+    def user_errors(self):
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.error(str(error))
 
 
 def write(path, content):

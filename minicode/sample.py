@@ -15,7 +15,7 @@ import torch
 
 from minicode.control import GENERATED, Code, block, force, record
 from minicode.model import evaluating
-from minicode.run import load_run, user_errors
+from minicode.run import Parser, load_run
 
 
 def latest_run(root=Path("runs")):
@@ -26,7 +26,7 @@ def latest_run(root=Path("runs")):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m minicode.sample", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -42,7 +42,7 @@ def main(argv=None):
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args(argv)
     demonstration = "" in args.force_code
-    with user_errors(parser):
+    with parser.user_errors():
         run = load_run(args.run or latest_run())
         if demonstration and (len(args.force_code) > 1 or args.block_code):
             raise ValueError("a bare --force-code is the demonstration, and goes with no other code")
@@ -83,7 +83,7 @@ def demonstrate(run, args):
     fsm, model, rng = run.fsm, run.model, np.random.default_rng(args.seed)
     sites = [site for site, codebook in model.codebooks().items() if codebook.enabled]
     if not sites:
-        raise ValueError(f"the model in {run.folder} has no codebooks, so it has no codes to force")
+        raise ValueError(f"the run in {run.folder} has no codebooks, or they were not started yet: there are no codes to force")
     prompt = fsm.prompt((args.prompt or "").strip() or fsm.name(rng.integers(fsm.n_states)))
     n_new = max(fsm.digits, new_tokens(run, prompt, args.max_new_tokens, 6 * fsm.digits))
     a = fsm.decode(prompt[0, 1:].numpy())[-1]
@@ -139,7 +139,7 @@ Share of next states that are successors of b, over all {n_pairs:,} pairs of sta
   {result["control_after"]:.3f}  every site forced
   {result["control_mlp"]:.3f}  the MLPs alone
   {result["control_random_codes"]:.3f}  random codes at every site
-  {result["transition_accuracy"]:.3f}  transition accuracy of the model left alone, the most that there is to reach"""
+  {result["transition_accuracy"]:.3f}  transition accuracy of the model left alone, about the most there is to reach"""
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """python -m minicode.train_fsm: trains a transformer with codebooks on TokFSM, and shows how far it got."""
 
-import argparse
 import sys
 from pathlib import Path
 
 import torch
 
 from minicode.fsm import FSM
-from minicode.run import TrainConfig, add_flags, given, load_run, user_errors
+from minicode.run import Parser, TrainConfig, add_flags, given, load_run
 from minicode.train import open_session, train
 
 # The default is our recipe. README.md, "What differs from the paper", has what each departure gains, and the command.
@@ -24,15 +23,16 @@ RELEASED = {  # at its best, from its authors' run
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m minicode.train_fsm", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m minicode.train_fsm", description=__doc__, allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path("runs/fsm"), help="folder of the run (default: runs/fsm)")
     parser.add_argument("--preset", choices=PRESETS, default="default", help="paper: its method and size (default: ours)")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--resume", action="store_true", help="continue the run in --out")
+    either.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     add_flags(parser, FSM)
     add_flags(parser, TrainConfig)
     args = parser.parse_args(argv)
-    with user_errors(parser):
+    with parser.user_errors():
         fsm = FSM(**given(args, FSM))
         config = TrainConfig(**{**PRESETS[args.preset], **given(args, TrainConfig), "vocab_size": fsm.vocab_size})
         session = open_session(config, fsm, args.out, args.resume, args.overwrite)
@@ -42,7 +42,7 @@ def main(argv=None):
     except FloatingPointError as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     if summary is None:
-        print("\nstopped; the same command with --resume continues it", file=sys.stderr)
+        print("\nstopped; the same command, with --resume and not --overwrite, continues it", file=sys.stderr)
         return 130
     print(table(summary))
     model, generator = load_run(args.out).model, torch.Generator().manual_seed(config.seed)

@@ -57,7 +57,7 @@ def test_commands_are_accepted(name, default_run, tmp_path, monkeypatch, capsys)
 def test_set_up_and_test_commands_are_there():
     first, second = [block for block in blocks("README.md", "sh") if "venv" in block]
     for block in (first, second):
-        assert block.startswith("python3 -m venv .venv && . .venv/bin/activate && pip install torch==2.13.0 -e ")
+        assert block.startswith("python3 -m venv .venv && . .venv/bin/activate && pip install torch==2.13.0 ")
     assert "python -m minicode.train_fsm" in first and "python -m pytest" in second
 
 
