@@ -119,7 +119,7 @@ def test_paper_preset_is_the_papers_method():
     config = TrainConfig(**PRESETS["paper"])
     assert (config.n_layer, config.n_embd, config.n_head, config.block_size) == (4, 128, 4, 128)
     assert (config.n_codes, config.similarity, config.decay, config.dense_steps) == (1000, "cosine", None, 0)
-    assert config.sites() == ["head", "mlp"] and config.k == 1 and config.autoencoding == 1.0
+    assert config.sites() == ["head", "mlp"] and config.k == 1 and config.autoencoding == 1.0 and config.commitment == 0.0
 
 
 @pytest.mark.parametrize("stop_at", [20, 40])  # in the dense phase, and with codebooks
