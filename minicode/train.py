@@ -165,9 +165,9 @@ def open_session(config, data, folder, resume=False, overwrite=False):
             model.load_state_dict(state["model"])
             session.optimizer.load_state_dict(state["optimizer"])
             session.step, session.seconds = state["step"], state["seconds"]
-            session.metrics = read_metrics(folder, session.step)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a checkpoint of this run: {str(error)[:200]}") from None
+        session.metrics = read_metrics(folder, session.step)
     return session
 
 
