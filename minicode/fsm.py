@@ -8,6 +8,7 @@ tokens 3 8, so the network never sees a state, only digits. A sequence is BOS, t
 
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 class FSM:
     """A machine made from its numbers. `successors` is (N, n_edges); `transition_matrix` (N, N) float64, rows sum to 1."""
 
+    file: ClassVar = "fsm.json"  # its name in a run's folder
     n_states: int = option(100, "states of the machine")
     n_edges: int = option(10, "successors of a state, all equally probable")
     base: int = option(10, "base in which a state is written, 2 to 36")
@@ -34,10 +36,13 @@ class FSM:
         self.digits = 1  # a state's length in tokens
         while self.base**self.digits < self.n_states:
             self.digits += 1
-        self.bos, self.vocab_size = self.base, self.base + 1
+        self.bos, self.vocab_size, self.least_block = self.base, self.base + 1, 2 * self.digits
         every = np.tile(np.arange(self.n_states), (self.n_states, 1))
         edges = np.random.default_rng(self.seed).permuted(every, axis=1)[:, : self.n_edges]
         self.connect(np.sort(edges, axis=1))
+
+    def __str__(self):
+        return f"TokFSM: {self.n_states} states, {self.n_edges} edges each"
 
     def connect(self, successors):
         """Sets the machine's edges: (N, n_edges), different states in each row."""
@@ -76,6 +81,8 @@ class FSM:
         tokens = np.full((n, 1 + n_states * self.digits), self.bos)
         tokens[:, 1:] = self.encode(states).reshape(n, -1)
         return tokens[:, :length]
+
+    held_out = sequences  # what a model is evaluated on: as endless as what it is trained on
 
     def name(self, state):
         """A state for people: its digits, such as "07"; "??" for a -1 of decode."""
@@ -119,6 +126,10 @@ class FSM:
             if i % self.digits == self.digits - 1:
                 source = np.append(source @ rows, 0.0)
         return float(total / length)
+
+    def references(self, length):
+        """Figures to hold a model's against."""
+        return {"loss_floor": self.loss_floor(length)}
 
     def _prefix_entropy(self, rows, n_digits):
         """Entropy of the first n_digits digits of a state drawn from each row of probabilities, in nats."""

@@ -19,7 +19,8 @@ from minicode.fsm import FSM
 from minicode.model import GPT, GPTConfig, option
 
 VERSION = 1  # of the files in a run's folder
-FILES = ("config.json", "fsm.json", "model.pt", "train_state.pt", "metrics.jsonl", "summary.json")
+KINDS = (FSM,)  # of data that a run may be about; each has a file of its own
+FILES = ("config.json", *(kind.file for kind in KINDS), "model.pt", "train_state.pt", "metrics.jsonl", "summary.json")
 
 
 @dataclass
@@ -47,10 +48,12 @@ class TrainConfig(GPTConfig):
         return int(self.dense_share * self.steps) if self.sites() else self.steps
 
 
-def add_flags(parser, cls):
+def add_flags(parser, cls, preset={}):
+    """The fields of a dataclass as flags; where a preset changes a default, the help says so."""
     for f in fields(cls):
         if f.metadata.get("flag", True):
-            flag, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
+            default = preset.get(f.name, f.default)
+            flag, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (default: {default})".replace("%", "%%")
             if f.type is bool:
                 parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
             else:
@@ -138,8 +141,8 @@ def open_run(folder, config, data, resume=False, overwrite=False):
         saved = read_json(folder / "config.json", config_from_json)
         free = ("device", "compile")
         differ = [name for name, value in asdict(config).items() if value != getattr(saved, name) and name not in free]
-        if differ or read_json(folder / "fsm.json", FSM.from_json) != data:
-            raise ValueError(f"the run in {folder} has other settings than these: {', '.join(differ) or 'its machine'}")
+        if differ or read_data(folder) != data:
+            raise ValueError(f"the run in {folder} has other settings than these: {', '.join(differ) or 'its data'}")
         return
     if exists and not overwrite:
         raise ValueError(f"{folder} holds a run already: --resume continues it, --overwrite replaces it")
@@ -149,7 +152,13 @@ def open_run(folder, config, data, resume=False, overwrite=False):
     for name in FILES[1:]:  # config.json stays: by it a folder is known as a run, however often it is killed here
         (folder / name).unlink(missing_ok=True)
     write(folder / "config.json", json.dumps({"version": VERSION, **asdict(config)}, indent=1))
-    write(folder / "fsm.json", json.dumps(data.to_json()))
+    write(folder / data.file, json.dumps(data.to_json()))
+
+
+def read_data(folder):
+    """What the run in a folder is about: its machine."""
+    kind = next((kind for kind in KINDS if (folder / kind.file).exists()), KINDS[0])
+    return read_json(folder / kind.file, kind.from_json)
 
 
 @dataclass
@@ -159,8 +168,13 @@ class Run:
     folder: Path
     config: TrainConfig
     model: GPT
-    fsm: FSM
+    data: FSM
     summary: dict  # the final figures; empty while the run is unfinished
+
+    @property
+    def fsm(self):
+        """The machine of a run on TokFSM."""
+        return self.data
 
 
 def load_run(folder, device="cpu"):
@@ -171,7 +185,7 @@ def load_run(folder, device="cpu"):
     if not (folder / "model.pt").exists():
         raise ValueError(f"the run in {folder} has no checkpoint yet: its command with --resume goes on with it")
     config = read_json(folder / "config.json", config_from_json)
-    fsm = read_json(folder / "fsm.json", FSM.from_json)
+    data = read_data(folder)
     model = GPT(config).to(device)
     state = read_tensors(folder / "model.pt", device)
     try:
@@ -180,7 +194,7 @@ def load_run(folder, device="cpu"):
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{folder / 'model.pt'} does not hold the model of config.json: {reason}") from None
     done = (folder / "summary.json").exists()
-    return Run(folder, config, model.eval(), fsm, read_json(folder / "summary.json", dict) if done else {})
+    return Run(folder, config, model.eval(), data, read_json(folder / "summary.json", dict) if done else {})
 
 
 def read_metrics(folder, up_to=math.inf):

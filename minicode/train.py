@@ -8,6 +8,7 @@ that resuming needs no random state, and a resumed run ends as the unbroken one,
 import json
 import math
 import signal
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,9 @@ from minicode.codebook import perplexity
 from minicode.control import record
 from minicode.fsm import FSM
 from minicode.model import GPT, evaluating
-from minicode.run import TrainConfig, open_run, read_metrics, read_tensors, write, write_metrics, write_tensors
+from minicode.run import (
+    Parser, TrainConfig, add_flags, given, load_run, open_run, read_metrics, read_tensors, write, write_metrics, write_tensors,
+)  # fmt: skip
 
 
 def pick_device(name):
@@ -100,7 +103,7 @@ def train_step(model, forward, optimizer, config, step, data):
 
 def evaluate(model, data, seed, n):
     """The measures of a model on n fresh sequences, by the names of design.md: a dict, ready for JSON."""
-    tokens = data.sequences(np.random.default_rng((seed, 2)), n, model.config.block_size + 1)
+    tokens = data.held_out(np.random.default_rng((seed, 2)), n, model.config.block_size + 1)
     loss = accuracy = 0.0
     counts = {name: torch.zeros_like(c.usage) for name, c in model.codebooks().items() if c.enabled}
     for part in torch.from_numpy(tokens).to(model.device).split(64):
@@ -139,7 +142,7 @@ class Session:
     """A training under way: what the loop works on, and where it stands."""
 
     config: TrainConfig
-    data: FSM
+    data: FSM  # or whatever else has its sequences, held_out, measures and references
     folder: Path
     model: GPT
     optimizer: torch.optim.Optimizer
@@ -150,8 +153,8 @@ class Session:
 
 def open_session(config, data, folder, resume=False, overwrite=False):
     """Everything that can fail by a user's mistake, before the first step: ValueError, and no file is touched."""
-    if config.block_size < 2 * data.digits:
-        raise ValueError(f"block_size ({config.block_size}) must hold two states of {data.digits} digits")
+    if config.block_size < data.least_block:
+        raise ValueError(f"block_size ({config.block_size}) must be at least {data.least_block} here")
     extension.load()  # what it has to say, or to build, comes before the first step
     torch.manual_seed(config.seed)
     model = GPT(config).to(pick_device(config.device))
@@ -221,13 +224,42 @@ def save(session):
 def describe(line):
     """A line of metrics for people."""
     codes = f"live codes {1 - line['dead_code_fraction']:.0%}" if "dead_code_fraction" in line else "dense"
-    return f"step {line['step']:5}  loss {line['loss']:.4f}  transitions {line['transition_accuracy']:.3f}  {codes}"
+    name = next(name for name in ("transition_accuracy", "accuracy") if name in line)
+    return f"step {line['step']:5}  loss {line['loss']:.4f}  {name.replace('_', ' ')} {line[name]:.3f}  {codes}"
 
 
 def summarise(session):
     """Writes summary.json: the final figures, and those of the dense model before the codebooks came in."""
     dense = [line for line in session.metrics if "dead_code_fraction" not in line and session.config.sites()]
-    floor, seconds = session.data.loss_floor(session.config.block_size), round(session.seconds, 1)
-    summary = {**session.metrics[-1], "loss_floor": floor, "seconds": seconds, "dense": dense[-1] if dense else None}
+    more = session.data.references(session.config.block_size)
+    summary = {**session.metrics[-1], **more, "seconds": round(session.seconds, 1), "dense": dense[-1] if dense else None}
     write(session.folder / "summary.json", json.dumps(summary, indent=1))
     return summary
+
+
+def command(argv, name, about, kind, presets, out, report):
+    """A training command, from its flags to its exit status; `report` tells people about the run at its end."""
+    parser = Parser(prog=f"python -m minicode.{name}", description=about, allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=Path(out), help=f"folder of the run (default: {out})")
+    parser.add_argument("--preset", choices=presets, default="default", help="paper: its method and size (default: ours)")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--resume", action="store_true", help="continue the run in --out")
+    either.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    add_flags(parser, kind)
+    add_flags(parser, TrainConfig, presets["default"])
+    args = parser.parse_args(argv)
+    with parser.user_errors():
+        data = kind(**given(args, kind))
+        settings = {**presets["default"], **presets[args.preset], **given(args, TrainConfig)}
+        config = TrainConfig(**settings, vocab_size=data.vocab_size)
+        session = open_session(config, data, args.out, args.resume, args.overwrite)
+    print(f"{data}; codebooks at {', '.join(config.sites()) or 'no site'}")
+    try:
+        summary = train(session)
+    except FloatingPointError as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    if summary is None:
+        print("\nstopped; the same command, with --resume and not --overwrite, continues it", file=sys.stderr)
+        return 130
+    print(report(load_run(args.out)))
+    return 0

@@ -1,13 +1,11 @@
 """python -m minicode.train_fsm: trains a transformer with codebooks on TokFSM, and shows how far it got."""
 
 import sys
-from pathlib import Path
 
 import torch
 
 from minicode.fsm import FSM
-from minicode.run import Parser, TrainConfig, add_flags, given, load_run
-from minicode.train import open_session, train
+from minicode.train import command
 
 # The default is our recipe. README.md, "What differs from the paper", has what each departure gains, and the command.
 PRESETS = {
@@ -23,32 +21,17 @@ RELEASED = {  # at its best, from its authors' run
 
 
 def main(argv=None):
-    parser = Parser(prog="python -m minicode.train_fsm", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--out", type=Path, default=Path("runs/fsm"), help="folder of the run (default: runs/fsm)")
-    parser.add_argument("--preset", choices=PRESETS, default="default", help="paper: its method and size (default: ours)")
-    either = parser.add_mutually_exclusive_group()
-    either.add_argument("--resume", action="store_true", help="continue the run in --out")
-    either.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    add_flags(parser, FSM)
-    add_flags(parser, TrainConfig)
-    args = parser.parse_args(argv)
-    with parser.user_errors():
-        fsm = FSM(**given(args, FSM))
-        config = TrainConfig(**{**PRESETS[args.preset], **given(args, TrainConfig), "vocab_size": fsm.vocab_size})
-        session = open_session(config, fsm, args.out, args.resume, args.overwrite)
-    print(f"TokFSM: {fsm.n_states} states, {fsm.n_edges} edges each; codebooks at {', '.join(config.sites()) or 'no site'}")
-    try:
-        summary = train(session)
-    except FloatingPointError as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
-    if summary is None:
-        print("\nstopped; the same command, with --resume and not --overwrite, continues it", file=sys.stderr)
-        return 130
-    print(table(summary))
-    model, generator = load_run(args.out).model, torch.Generator().manual_seed(config.seed)
-    tokens = model.generate(torch.tensor([[fsm.bos]]), min(12 * fsm.digits, config.block_size), generator=generator)
-    print(f"a sample: {fsm.show(tokens[0].numpy())}\nnext:     python -m minicode.sample --run {args.out} --force-code")
-    return 0
+    return command(argv, "train_fsm", __doc__, FSM, PRESETS, "runs/fsm", report)
+
+
+def report(run):
+    """The figures of a run, and a sample."""
+    fsm, generator = run.fsm, torch.Generator().manual_seed(run.config.seed)
+    tokens = run.model.generate(torch.tensor([[fsm.bos]]), min(12 * fsm.digits, run.config.block_size), generator=generator)
+    return (
+        f"{table(run.summary)}\na sample: {fsm.show(tokens[0].numpy())}\n"
+        f"next:     python -m minicode.sample --run {run.folder} --force-code"
+    )
 
 
 def table(summary):

@@ -193,7 +193,7 @@ def test_existing_runs_are_never_lost(tiny_run, tmp_path, capsys):
     line = refusal(train_fsm, "--out", folder, *TINY, capsys=capsys)
     assert "holds a run already: --resume continues it, --overwrite replaces it" in line
     assert "other settings than these: steps" in refusal(train_fsm, "--out", folder, *TINY, "--resume", "--steps", 70, capsys=capsys)
-    assert "its machine" in refusal(train_fsm, "--out", folder, *TINY, "--resume", "--n-edges", 2, capsys=capsys)
+    assert "its data" in refusal(train_fsm, "--out", folder, *TINY, "--resume", "--n-edges", 2, capsys=capsys)
     refusal(train_fsm, "--out", folder, *TINY, "--overwrite", "--k", 99, capsys=capsys)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert train_fsm(["--out", str(folder), *TINY, "--resume"]) == 0  # done already: shows its figures again
@@ -213,7 +213,7 @@ def test_existing_runs_are_never_lost(tiny_run, tmp_path, capsys):
         (["--codebooks", "head,mpl"], "there is no site 'mpl'"),
         (["--n-edges", "17"], "a machine needs"),
         (["--device", "warp"], "device must be cpu, cuda or auto, not 'warp'"),
-        (["--block-size", "3"], "block_size (3) must hold two states"),
+        (["--block-size", "3"], "block_size (3) must be at least 4 here"),
         (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
         (["--n-code", "5", "--stepps", "3"], "unrecognized arguments: --n-code 5 --stepps 3"),
         (["--preset", "papper"], "invalid choice: 'papper'"),
