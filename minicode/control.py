@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minicode.model import SITES
+from minicode.model import SITES, evaluating
 
 GENERATED = "generated"  # the positions at which the tokens after the prompt are sampled
 NOTATION = re.compile(r"(?:head\.(\d+)\.(\d+)|(\w+)\.(\d+))\.(\d+)(?:@(-?\d+))?")
@@ -90,6 +90,19 @@ def record(model):
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def chosen(model, tokens):
+    """What every codebook chooses at the last position of tokens (B, T): {"mlp.1": ids (B, G, k), ...}."""
+    with evaluating(model), record(model) as codes:
+        model(tokens)
+    return {site: ids[:, -1] for site, ids in codes.items()}
+
+
+def random_codes(model, generator, codes):
+    """Random codes in the place of those in a dict {"mlp.1": ids, ...}."""
+    sizes = {site: codebook.n_codes for site, codebook in model.codebooks().items()}
+    return {s: torch.randint(sizes[s], ids.shape, generator=generator, device=ids.device) for s, ids in codes.items()}
 
 
 def force(model, codes, position=None):

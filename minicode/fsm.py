@@ -8,12 +8,13 @@ tokens 3 8, so the network never sees a state, only digits. A sequence is BOS, t
 
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
 import torch
 
-from minicode.control import force, record
+from minicode.control import chosen, force
 from minicode.model import choose, evaluating, option
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -110,6 +111,39 @@ class FSM:
 
     # -- ground truth
 
+    group = property(lambda self: self.digits)  # tokens that make one word; 0 where each token has its own spaces
+
+    @property
+    def vocabulary(self):
+        """The text of each token."""
+        return [*DIGITS[: self.base], "BOS"]
+
+    def labelled(self, rng, n, length):
+        """Sequences (n, length), and what is known of each position: {kind: (labels (n, length), -1 for none, names)}.
+
+        state: at its last digit. trigram: a state and the first digit of the next one, at that digit. bigram: the last
+        two digits, wherever they stand. digit: the last.
+        """
+        tokens = self.held_out(rng, n, length)
+        digit = np.where(tokens < self.base, tokens, -1)
+        bigram, state, trigram = (np.full((n, length), -1) for _ in range(3))
+        bigram[:, 2:] = digit[:, 1:-1] * self.base + digit[:, 2:]
+        ends = state[:, self.digits :: self.digits]
+        ends[:] = self.decode(tokens[:, 1:])[:, : ends.shape[1]]
+        firsts = trigram[:, self.digits + 1 :: self.digits]
+        firsts[:] = ends[:, : firsts.shape[1]] * self.base + digit[:, self.digits + 1 :: self.digits]
+        pairs = [x + y for x in DIGITS[: self.base] for y in DIGITS[: self.base]]
+        states = [self.name(s) for s in range(self.n_states)]
+        trigrams = [f"{s} {d}" for s in states for d in DIGITS[: self.base]]
+        kinds = {"state": (state, states), "trigram": (trigram, trigrams), "bigram": (bigram, pairs)}
+        return tokens, {**kinds, "digit": (digit, list(DIGITS[: self.base]))}
+
+    def prefixes(self):
+        """Every state as a prompt, and every state with each first digit that may follow: tokens (n, T) each."""
+        states = self.runs(np.arange(self.n_states))
+        s, d = np.nonzero(self.transition_matrix @ np.eye(self.base)[self.encode(np.arange(self.n_states))[:, 0]])
+        return states, torch.cat((states[s], torch.from_numpy(d)[:, None]), dim=1)
+
     def loss_floor(self, length):
         """The entropy of the source, in nats a token, over the `length` tokens that follow BOS.
 
@@ -184,41 +218,57 @@ class FSM:
         states = np.asarray(states)
         return torch.from_numpy(np.concatenate((np.full((len(states), 1), self.bos), self.encode(states)), axis=1))
 
-    def steer(self, model, tokens, b, sites, generator=None, random_codes=False, temperature=1.0, top_k=None):
-        """Continues runs (n, T) by one state each, as if they were in the states b (n): tokens (n, T + digits).
+    def steer(self, model, tokens, b, intervene, generator=None, temperature=1.0, top_k=None):
+        """Continues runs (n, T) by one state each, as if they were in the states b (n).
 
-        At every digit the codes are forced at `sites` that a run in b has there: at the run's last digit those of
-        BOS b, at a digit d sampled after it those of BOS b d, and so on. Or random ones.
+        intervene(tokens, b_run) is asked before each digit what to do at the run's last position to make it go on as
+        b_run does, which is BOS b and the digits sampled since; it returns a function that makes a context manager,
+        such as partial(force, model, codes, position). The interventions of earlier digits stay in place.
+        Returns tokens (n, T + digits), and for each digit the logits (n, vocab_size) of the runs and of b's own.
         """
         tokens, b_run = tokens.to(model.device), self.runs(b).to(model.device)
-        with ExitStack() as forced, evaluating(model):
-            for _ in range(self.digits):
-                with record(model) as codes:
-                    model(b_run)
-                here = {site: codes[site][:, -1] for site in sites}  # (n, G, k)
-                if random_codes:
-                    sizes = {site: model.codebooks()[site].n_codes for site in sites}
-                    here = {s: torch.randint(sizes[s], ids.shape, generator=generator, device=ids.device) for s, ids in here.items()}
-                forced.enter_context(force(model, here, position=tokens.shape[1] - 1))
-                logits, _ = model(tokens)
-                new = choose(logits[:, -1].float(), temperature, top_k, generator)
-                tokens, b_run = torch.cat((tokens, new), dim=1), torch.cat((b_run, new), dim=1)
-        return tokens
+        edits, logits = [], []
+        for _ in range(self.digits):
+            edits.append(intervene(tokens, b_run))
+            with evaluating(model):
+                own = model(b_run)[0][:, -1].float()
+                with ExitStack() as stack:
+                    for edit in edits:
+                        stack.enter_context(edit())
+                    steered = model(tokens)[0][:, -1].float()
+            logits.append((steered, own))
+            new = choose(steered, temperature, top_k, generator)
+            tokens, b_run = torch.cat((tokens, new), dim=1), torch.cat((b_run, new), dim=1)
+        return tokens, logits
 
-    def control(self, model, sites, seed=0, random_codes=False):
-        """The share of next states that are successors of b, when a run in a has b's codes forced at `sites`.
+    def copy_codes(self, model, sites, change=lambda codes: codes):
+        """An `intervene` for steer: forces at `sites` what b's run chooses there, or what `change` makes of it."""
 
-        Over all pairs of states a != b; chance is n_edges / n_states. With no sites: the baseline, a's free run.
+        def intervene(tokens, b_run):
+            codes = {site: ids for site, ids in chosen(model, b_run).items() if site in sites}
+            return partial(force, model, change(codes), tokens.shape[1] - 1)
+
+        return intervene
+
+    def control(self, model, tokens, b, intervene, generator=None):
+        """How far runs (n, T), steered by one state, go on as runs in the states b (n) do.
+
+        control: the share of next states that are successors of b; chance is n_edges / n_states. jsd, kl: divergence, in
+        nats, of the distributions of the next digit from those of b's own run, averaged over the digits of the state.
         """
-        generator = torch.Generator(model.device).manual_seed(seed)
-        a, b = np.nonzero(~np.eye(self.n_states, dtype=bool))
-        hits = 0
-        for start in range(0, len(a), 4096):
-            part = slice(start, start + 4096)
-            tokens = self.steer(model, self.runs(a[part]), b[part], sites, generator, random_codes)
-            after = self.decode(tokens[:, -self.digits :].cpu())[:, 0]
-            hits += ((after >= 0) & (self.transition_matrix[b[part], after] > 0)).sum()
-        return float(hits / len(a))
+        figures = np.zeros(3)
+        for part in torch.arange(len(b)).split(4096):
+            after, logits = self.steer(model, tokens[part], b[part], intervene, generator)
+            state = self.decode(after[:, -self.digits :].cpu())[:, 0]
+            figures[0] += ((state >= 0) & (self.transition_matrix[b[part], state] > 0)).sum()
+            for p, own in (pair.softmax(-1) for pair in map(torch.stack, logits)):
+                figures[1] += jsd(p, own).sum().item() / self.digits
+                figures[2] += kl(own, p).sum().item() / self.digits
+        return dict(zip(("control", "jsd", "kl"), (figures / len(b)).tolist()))
+
+    def pairs(self):
+        """All pairs of different states a, b: two arrays."""
+        return np.nonzero(~np.eye(self.n_states, dtype=bool))
 
     # -- files
 
@@ -237,3 +287,14 @@ class FSM:
             raise ValueError(f"successors must be {fsm.n_edges} different states for each of {fsm.n_states}")
         fsm.connect(ordered)
         return fsm
+
+
+def kl(p, q):
+    """Kullback-Leibler divergence of q from p, in nats: distributions (..., n), giving (...)."""
+    return torch.special.xlogy(p, p / q.clamp_min(1e-30)).sum(-1)
+
+
+def jsd(p, q):
+    """Jensen-Shannon divergence of distributions (..., n), in nats: 0 for equal, ln 2 for disjoint ones."""
+    middle = (p + q) / 2
+    return (kl(p, middle) + kl(q, middle)) / 2

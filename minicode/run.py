@@ -4,6 +4,7 @@ Nothing read from a folder is executed, and nothing in it is overwritten by acci
 """
 
 import argparse
+import functools
 import io
 import json
 import math
@@ -20,7 +21,11 @@ from minicode.model import GPT, GPTConfig, option
 
 VERSION = 1  # of the files in a run's folder
 KINDS = (FSM,)  # of data that a run may be about; each has a file of its own
-FILES = ("config.json", *(kind.file for kind in KINDS), "model.pt", "train_state.pt", "metrics.jsonl", "summary.json")
+FILES = (
+    "config.json", *(kind.file for kind in KINDS), "model.pt", "train_state.pt", "metrics.jsonl", "summary.json",
+    "dense.pt",  # the model just before its codebooks came in
+    "interpret.json", "report.html", "codes.npy", "tokens.npy",  # of minicode.interpret
+)  # fmt: skip
 
 
 @dataclass
@@ -171,10 +176,26 @@ class Run:
     data: FSM
     summary: dict  # the final figures; empty while the run is unfinished
 
+    @functools.cached_property
+    def dense(self):
+        """The model just before its codebooks came in; None where they were there from the start."""
+        path = self.folder / "dense.pt"
+        return load_model(self.config, path, self.model.device) if path.exists() else None
+
     @property
     def fsm(self):
         """The machine of a run on TokFSM."""
         return self.data
+
+
+def load_model(config, path, device):
+    """The model in a file, in evaluation mode; ValueError if it is not one of this config."""
+    model = GPT(config).to(device)
+    try:
+        model.load_state_dict(read_tensors(path, device))
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} does not hold the model of config.json: {' '.join(str(error).split())[:200]}") from None
+    return model.eval()
 
 
 def load_run(folder, device="cpu"):
@@ -186,15 +207,17 @@ def load_run(folder, device="cpu"):
         raise ValueError(f"the run in {folder} has no checkpoint yet: its command with --resume goes on with it")
     config = read_json(folder / "config.json", config_from_json)
     data = read_data(folder)
-    model = GPT(config).to(device)
-    state = read_tensors(folder / "model.pt", device)
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{folder / 'model.pt'} does not hold the model of config.json: {reason}") from None
+    model = load_model(config, folder / "model.pt", device)
     done = (folder / "summary.json").exists()
-    return Run(folder, config, model.eval(), data, read_json(folder / "summary.json", dict) if done else {})
+    return Run(folder, config, model, data, read_json(folder / "summary.json", dict) if done else {})
+
+
+def latest_run(root=Path("runs")):
+    """The folder of the run that was written last."""
+    runs = [path.parent for path in root.glob("*/model.pt")]
+    if not runs:
+        raise ValueError(f"there is no run in {root}/ yet: python -m minicode.train_fsm makes one")
+    return max(runs, key=lambda folder: (folder / "model.pt").stat().st_mtime)
 
 
 def read_metrics(folder, up_to=math.inf):

@@ -8,21 +8,14 @@
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from minicode.control import GENERATED, Code, block, force, record
-from minicode.model import evaluating
-from minicode.run import Parser, load_run
-
-
-def latest_run(root=Path("runs")):
-    runs = [path.parent for path in root.glob("*/model.pt")]
-    if not runs:
-        raise ValueError(f"there is no run in {root}/ yet: python -m minicode.train_fsm makes one")
-    return max(runs, key=lambda folder: (folder / "model.pt").stat().st_mtime)
+from minicode.control import GENERATED, Code, block, chosen, force, random_codes
+from minicode.run import Parser, latest_run, load_run
 
 
 def main(argv=None):
@@ -93,29 +86,33 @@ def demonstrate(run, args):
     generator = torch.Generator().manual_seed(args.seed)
     many = prompt.repeat(args.num_samples, 1)
     free = model.generate(many, n_new, args.temperature, args.top_k, generator)
-    steered = fsm.steer(model, many, np.full(len(many), b), sites, generator, False, args.temperature, args.top_k)
+    everywhere, target = fsm.copy_codes(model, sites), np.full(len(many), b)
+    steered, _ = fsm.steer(model, many, target, everywhere, generator, args.temperature, args.top_k)
     steered = model.generate(steered, n_new - fsm.digits, args.temperature, args.top_k, generator)
-    mlps = [site for site in sites if site.startswith("mlp.")]
+    every_a, every_b = fsm.pairs()
+
+    def control(intervene):
+        return fsm.control(model, fsm.runs(every_a), every_b, intervene, generator.manual_seed(args.seed))["control"]
+
     return {
         "prompt": fsm.name(a),
         "state": fsm.name(b),
         "samples": [fsm.show(row) for row in steered.numpy()],
         "samples_free": [fsm.show(row) for row in free.numpy()],
         "forced": codes_of(fsm, model, b, prompt.shape[1] - 1),
-        "control_before": fsm.control(model, [], args.seed),
-        "control_after": fsm.control(model, sites, args.seed),
-        "control_mlp": fsm.control(model, mlps, args.seed),
-        "control_random_codes": fsm.control(model, sites, args.seed, random_codes=True),
+        "control_before": control(fsm.copy_codes(model, [])),
+        "control_after": control(everywhere),
+        "control_mlp": control(fsm.copy_codes(model, [site for site in sites if site.startswith("mlp.")])),
+        "control_random_codes": control(fsm.copy_codes(model, sites, partial(random_codes, model, generator))),
         "transition_accuracy": fsm.transition_accuracy(model, generator),
     }
 
 
 def codes_of(fsm, model, state, position):
     """What a run in a state chooses at its last digit, as codes to force at a position."""
-    with evaluating(model), record(model) as codes:
-        model(fsm.runs([state]))
-    chosen = [(site, group, code) for site, ids in codes.items() for group, row in enumerate(ids[0, -1]) for code in row]
-    return [str(Code(site, group, int(code), position)) for site, group, code in chosen]
+    codes = chosen(model, fsm.runs([state])).items()
+    slots = [(site, group, code) for site, ids in codes for group, row in enumerate(ids[0]) for code in row]
+    return [str(Code(site, group, int(code), position)) for site, group, code in slots]
 
 
 def describe(fsm, result):

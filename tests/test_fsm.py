@@ -8,6 +8,7 @@ import torch
 from conftest import make_model
 
 from minicode import FSM, GPT, GPTConfig
+from minicode.fsm import jsd, kl
 
 
 def test_sequences_follow_the_machine(fsm):
@@ -133,10 +134,50 @@ def test_control_of_a_model_that_is_its_codes():
             codebook.codes[0, : len(inputs[0])] = inputs[0]
     free = fsm.next_state_probabilities(model)
     expected = np.mean([(free[b] * (fsm.transition_matrix[b] > 0)).sum() for b in range(9) for a in range(9) if a != b])
-    measured = np.mean([fsm.control(model, ["block.0"], seed) for seed in range(40)])
+    (a, b), generator = fsm.pairs(), torch.Generator().manual_seed(0)
+
+    def control(sites):
+        rows = [fsm.control(model, fsm.runs(a), b, fsm.copy_codes(model, sites), generator) for _ in range(40)]
+        return {name: np.mean([row[name] for row in rows]) for name in rows[0]}
+
+    measured = control(["block.0"])["control"]
     assert measured == pytest.approx(expected, abs=0.02)
     others = np.mean([(free[a] * (fsm.transition_matrix[b] > 0)).sum() for b in range(9) for a in range(9) if a != b])
-    assert np.mean([fsm.control(model, [], seed) for seed in range(40)]) == pytest.approx(others, abs=0.02)
+    assert control([])["control"] == pytest.approx(others, abs=0.02)
+    # Its last digit read, a run is what its code is: the distributions of the next digit agree, too.
+    for sites, expected in (["block.0"], 0.0), ([], None):
+        _, logits = fsm.steer(model, fsm.runs(a), b, fsm.copy_codes(model, sites), generator)
+        (p, q), _ = (pair.softmax(-1) for pair in map(torch.stack, logits))
+        assert jsd(p, q).mean().item() == pytest.approx(expected, abs=1e-6) if sites else jsd(p, q).mean() > 0.001
+
+
+def test_divergences_against_their_definitions():
+    p, q = torch.tensor([0.5, 0.25, 0.25, 0.0]), torch.tensor([0.1, 0.2, 0.3, 0.4])
+    assert kl(p, q).item() == pytest.approx(0.5 * np.log(5) + 0.25 * np.log(1.25) + 0.25 * np.log(0.25 / 0.3))
+    middle = [0.3, 0.225, 0.275, 0.2]
+    expected = sum(x * np.log(x / m) for r in (p, q) for x, m in zip(r.tolist(), middle) if x) / 2
+    assert jsd(p, q).item() == pytest.approx(expected) == jsd(q, p).item()
+    assert jsd(p, p).item() == 0 and jsd(torch.tensor([1.0, 0]), torch.tensor([0, 1.0])).item() == pytest.approx(np.log(2))
+
+
+def test_labels_of_positions(fsm):
+    tokens, kinds = fsm.labelled(np.random.default_rng(0), 3, 8)
+    assert (tokens == fsm.held_out(np.random.default_rng(0), 3, 8)).all()
+    for row, label in itertools.product(range(3), kinds):
+        labels, names = kinds[label]
+        text = "".join("0123"[t] for t in tokens[row, 1:])  # 7 digits: three states, and the first of a fourth
+        expected = {"state": {2: text[:2], 4: text[2:4], 6: text[4:6]},
+                    "trigram": {i: f"{text[i - 3 : i - 1]} {text[i - 1]}" for i in (3, 5, 7)},
+                    "bigram": {i: text[i - 2 : i] for i in range(2, 8)},
+                    "digit": {i: text[i - 1] for i in range(1, 8)}}[label]  # fmt: skip
+        assert {i: names[n] for i, n in enumerate(labels[row]) if n >= 0} == expected
+
+
+def test_prefixes_are_all_states_and_all_valid_first_digits(fsm):
+    states, trigrams = fsm.prefixes()
+    assert states.tolist() == fsm.runs(range(16)).tolist()
+    valid = {(*fsm.encode(s), fsm.encode(after)[0]) for s in range(16) for after in fsm.successors[s]}
+    assert len(trigrams) == len(valid) and set(map(tuple, trigrams[:, 1:].tolist())) == valid
 
 
 def test_prompts(fsm):

@@ -57,8 +57,10 @@ def test_demonstration(tiny_run, capsys):
     assert len(result["forced"]) == 2 * 3 and all(code.endswith("@2") for code in result["forced"])
     assert all(text.startswith("31 -") for text in result["samples"] + result["samples_free"])
     run = load_run(tiny_run)
-    assert result["control_before"] == run.fsm.control(run.model, [], 0)
-    assert result["control_after"] == run.fsm.control(run.model, ["head.0", "mlp.0", "head.1", "mlp.1"], 0)
+    a, b = run.fsm.pairs()
+    for name, sites in ("control_before", []), ("control_after", ["head.0", "mlp.0", "head.1", "mlp.1"]):
+        intervene, generator = run.fsm.copy_codes(run.model, sites), torch.Generator().manual_seed(0)
+        assert result[name] == run.fsm.control(run.model, run.fsm.runs(a), b, intervene, generator)["control"]
     sample(["--run", str(tiny_run), "--force-code"])
     assert f"{result['control_after']:.3f}  every site forced" in capsys.readouterr().out
 

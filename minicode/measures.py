@@ -1,0 +1,307 @@
+"""What the codes of a model stand for, and what they do: measures against ground truth, each beside a fair control.
+
+`record_codes` runs a model over tokens; `detect` takes codes as detectors of labels, and `codes_against_neurons` compares
+them with neurons; `control_study` forces codes, and what could pass for them; `agreement` compares two runs.
+"""
+
+import math
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from minicode.control import Code, chosen, force, random_codes, record
+from minicode.model import evaluating
+
+N_SEEDS = 5  # of the samples by which control is measured
+
+
+@dataclass
+class Recording:
+    """The codes of a run on tokens (n, T). A column is one codebook and one of its k choices."""
+
+    model: object
+    tokens: np.ndarray  # (n, T)
+    codes: np.ndarray  # (n, T, columns): ids, as they are stored
+    columns: list  # (site, group), one for each column of codes
+
+    def __post_init__(self):
+        self.names, starts = [], {}  # a code's number is its place among those of all codebooks
+        for site, group in dict.fromkeys(self.columns):
+            starts[site, group] = len(self.names)
+            self.names += [Code(site, group, i) for i in range(self.model.codebooks()[site].n_codes)]
+        first = np.array([starts[column] for column in self.columns], dtype=np.int32)
+        self.fired = self.codes.reshape(-1, len(first)) + first  # (n * T, columns): numbers
+        self.count = np.bincount(self.fired.ravel(), minlength=len(self.names))
+
+    def places(self, number, most):
+        """Up to `most` positions at which a code fires, evenly spread over the recording."""
+        at = np.flatnonzero((self.fired == number).any(1))
+        return at[np.linspace(0, len(at) - 1, min(most, len(at))).astype(int)]
+
+
+def record_codes(model, tokens, folder=None):
+    """Runs the model over tokens (n, T); with a folder, codes and tokens are stored there, the codes as a memory map."""
+    codebooks = {site: c for site, c in model.codebooks().items() if c.enabled}
+    columns = [(site, group) for site, c in codebooks.items() for group in range(c.groups) for _ in range(c.k)]
+    kind = np.int16 if max(c.n_codes for c in codebooks.values()) < 2**15 else np.int32
+    shape = (*tokens.shape, len(columns))
+    codes = np.lib.format.open_memmap(folder / "codes.npy", "w+", kind, shape) if folder else np.empty(shape, kind)
+    for rows in np.array_split(np.arange(len(tokens)), -(-len(tokens) // 64)):
+        with evaluating(model), record(model) as ids:
+            model(torch.from_numpy(tokens[rows]).to(model.device))
+        codes[rows] = torch.cat([i.flatten(2) for i in ids.values()], dim=-1).cpu().numpy()
+    if folder:
+        np.save(folder / "tokens.npy", tokens)
+    return Recording(model, tokens, codes, columns)
+
+
+# -- what a code stands for
+
+
+@dataclass
+class Detectors:
+    """Codes as detectors of labels: precision, recall and F1, (codes, labels) each."""
+
+    names: list
+    precision: np.ndarray
+    recall: np.ndarray
+    f1: np.ndarray
+    total: np.ndarray  # (labels): positions that have the label
+
+    def best(self):
+        """For each label that occurs: it, and the number of the code that detects it best, by F1."""
+        return [(label, self.f1[:, label].argmax()) for label in np.flatnonzero(self.total)]
+
+
+def detect(recording, labels, names):
+    """How well each code detects each label: labels (n, T), -1 for none (paper, section 4.2)."""
+    flat, n_labels = labels.ravel(), len(names)
+    known = flat >= 0
+    pairs = recording.fired[known].astype(np.int64) * n_labels + flat[known, None]
+    both = np.bincount(pairs.ravel(), minlength=len(recording.names) * n_labels).reshape(-1, n_labels)
+    total = np.bincount(flat[known], minlength=n_labels)
+    precision, recall = both / np.maximum(recording.count, 1)[:, None], both / np.maximum(total, 1)
+    return Detectors(names, precision, recall, 2 * both / np.maximum(recording.count[:, None] + total, 1), total)
+
+
+def best_labels(recording, kinds):
+    """What each code stands for: (kind, name, precision, recall, F1) of its best label of kinds {kind: (labels, names)}; or None."""
+    best = [None] * len(recording.names)
+    for kind, (labels, names) in kinds.items():
+        found = detect(recording, labels, names)
+        for code, label in enumerate(found.f1.argmax(1)):
+            if found.f1[code, label] > (best[code][-1] if best[code] else 0):
+                row = (found.precision[code, label], found.recall[code, label], found.f1[code, label])
+                best[code] = (kind, names[label], *map(float, row))
+    return best
+
+
+def matches(texts, pattern):
+    """Labels (n, T): 0 at each token in which a match of the pattern, or of its first bracket, ends; -1 elsewhere.
+
+    texts[i][t] is the text of a token.
+    """
+    labels = np.full((len(texts), len(texts[0])), -1)
+    for row, pieces in zip(labels, texts):
+        ends = np.cumsum([len(piece) for piece in pieces])
+        for match in pattern.finditer("".join(pieces)):
+            start, end = match.span(min(1, pattern.groups))
+            if end > max(start, 0):
+                row[np.searchsorted(ends, end)] = 0
+    return labels
+
+
+def purity(model, prompts):
+    """By layer: the share of the codes in use at the end of these prompts (n, T) that fire on one of them only.
+
+    Of the MLPs' codes, and over all states as prompts (bigrams) or states and a digit (trigrams): the measure of the
+    tutorial of the paper's code.
+    """
+    shares = []
+    for site, ids in chosen(model, prompts).items():
+        if site.startswith("mlp."):
+            count = np.bincount(ids.flatten().cpu().numpy())
+            shares.append(float((count == 1).sum() / (count > 0).sum()))
+    return shares
+
+
+def neurons(model, tokens):
+    """Activations (N, units): of the MLPs' hidden layers, and of what reaches the sites with codebooks."""
+    values = []
+    modules = [c for c in model.codebooks().values()] + [block.mlp.mlp_mid_codebook for block in model.h]
+    hooks = [m.register_forward_pre_hook(lambda m, args: values[-1].append(args[0].flatten(0, 1))) for m in dict.fromkeys(modules)]
+    for part in torch.from_numpy(tokens).to(model.device).split(64):
+        values.append([])
+        with evaluating(model):
+            model(part)
+    for hook in hooks:
+        hook.remove()
+    return torch.cat([torch.cat(parts, dim=1) for parts in values])
+
+
+def best_neurons(values, labels, wanted):
+    """For each (label, recall) wanted: the highest precision of one unit of values (N, units), above or below the
+    threshold at which it has that recall."""
+    best = torch.zeros(len(wanted))
+    for part in torch.cat((values, -values), dim=1).split(256, dim=1):
+        ordered = part.T.contiguous().sort(dim=1).values  # (units, N)
+        for i, (label, recall) in enumerate(wanted):
+            there = part[labels == label]  # (P, units)
+            n_found = max(1, math.ceil(recall * len(there) - 1e-9))
+            threshold = there.kthvalue(len(there) - n_found + 1, dim=0).values
+            n_fired = ordered.shape[1] - torch.searchsorted(ordered, threshold.unsqueeze(1)).squeeze(1)
+            best[i] = max(best[i], ((there >= threshold).sum(0) / n_fired).max())
+    return best.numpy()
+
+
+def codes_against_neurons(run, recording, kinds, n_positions=2**15):
+    """The measures `detectors` of design.md, and a point (neuron's, code's precision) for each label."""
+    model = run.dense or run.model
+    rows = max(1, n_positions // recording.tokens.shape[1])
+    values, points = neurons(model, recording.tokens[:rows]), []
+    for labels, names in kinds:
+        flat = labels[:rows].ravel()
+        found, some = detect(recording, labels, names), set(flat)
+        best = [(label, code) for label, code in found.best() if label in some and found.f1[code, label] > 0]
+        precision = best_neurons(values, torch.from_numpy(flat), [(label, found.recall[code, label]) for label, code in best])
+        points += [(float(p), float(found.precision[code, label]), names[label]) for p, (label, code) in zip(precision, best)]
+    neuron, code = np.array([point[:2] for point in points]).T
+    result = {"code_precision": code.mean(), "neuron_precision": neuron.mean(), "code_wins": (code > neuron).mean()}
+    return {**{name: float(value) for name, value in result.items()}, "points": points}
+
+
+# -- what a code does
+
+
+def forced_distributions(recording, numbers, n_contexts=16, batch=32):
+    """{number: next-token distribution} with each of these codes forced at the end of a context, averaged over contexts.
+
+    The contexts are the starts of other sequences, cut at a position at which the code fires somewhere.
+    """
+    model, tokens, by_length, result = recording.model, torch.from_numpy(recording.tokens), defaultdict(list), {}
+    place = np.full(len(recording.names), tokens.shape[1])
+    positions = np.tile(np.arange(tokens.shape[1]), len(tokens))
+    late = positions >= 3
+    np.minimum.at(place, recording.fired[late], positions[late, None])
+    for number in numbers:
+        by_length[min(place[number], tokens.shape[1] - 1)].append(number)
+    for last, group in tqdm(by_length.items(), desc="forcing codes", leave=False, disable=None):
+        contexts = tokens[:n_contexts, : last + 1].to(model.device)
+        free = chosen(model, contexts)
+        for start in range(0, len(group), batch):
+            many = group[start : start + batch]
+            for site in {recording.names[number].site for number in many}:
+                these = [number for number in many if recording.names[number].site == site]
+                ids = free[site].repeat(len(these), 1, 1)  # (codes * contexts, G, k)
+                for i, code in enumerate(recording.names[number] for number in these):
+                    row = ids[i * n_contexts : (i + 1) * n_contexts, code.group]
+                    row[~(row == code.id).any(-1), -1] = code.id
+                with evaluating(model), force(model, {site: ids}, last):
+                    p = model(contexts.repeat(len(these), 1))[0][:, -1].float().softmax(-1)
+                result.update(zip(these, p.view(len(these), n_contexts, -1).mean(1).cpu().numpy()))
+    return result
+
+
+@contextmanager
+def shift(module, delta, position):
+    """Within the block, delta (B, n) is added to a module's output (B, T, n) at one position."""
+    hook = module.register_forward_hook(lambda m, args, out: out.index_add(1, torch.tensor([position]), delta.unsqueeze(1)))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def add_mean_difference(fsm, model, layer, rng):
+    """An `intervene` for FSM.steer: adds, after a layer, the difference of the mean activations in b and in a."""
+    contexts = fsm.runs(rng.integers(fsm.n_states, size=8))
+
+    def means(tails):  # (n, t) tokens that end a run -> (n, n_embd)
+        tails, which = tails.cpu().unique(dim=0, return_inverse=True)
+        outputs = []
+        hook = model.h[layer].register_forward_hook(lambda m, args, out: outputs.append(out[:, -1]))
+        with evaluating(model):
+            model(torch.cat((contexts.repeat(len(tails), 1), tails.repeat_interleave(len(contexts), 0)), 1).to(model.device))
+        hook.remove()
+        return outputs[0].view(len(tails), len(contexts), -1).mean(1)[which]
+
+    def intervene(tokens, b_run):
+        tail = b_run.shape[1] - 1
+        return partial(shift, model.h[layer], means(b_run[:, 1:]) - means(tokens[:, -tail:]), tokens.shape[1] - 1)
+
+    return intervene
+
+
+def control_study(run, n_pairs=400):
+    """Control by site and at every site, beside the controls that it must beat: the measures `control` of design.md.
+
+    first: at the first state of a run; inside: at the end of a random number of states. Means, and half the width of the
+    95 % confidence interval, over N_SEEDS samples of n_pairs pairs of states.
+    """
+    fsm, model = run.fsm, run.model
+    sites = [site for site, codebook in model.codebooks().items() if codebook.enabled]
+    generator, rng = torch.Generator(model.device).manual_seed(0), np.random.default_rng(0)
+
+    def mixed(separately, codes):
+        """The codes of another pair's b; or of another at each site, separately."""
+        orders = [torch.randperm(n_pairs, generator=generator, device=model.device) for _ in codes]
+        return {s: codes[s][orders[i if separately else 0]] for i, s in enumerate(codes)}
+
+    mlps = [site for site in sites if site.startswith("mlp.")]
+    ways = {"none": [], **{site: [site] for site in sites}, "all_mlp": mlps, "all": sites}
+    ways = {name: (model, fsm.copy_codes(model, some)) for name, some in ways.items()}
+    changes = {"random_code": partial(random_codes, model, generator), "wrong_state": partial(mixed, False), "shuffled": partial(mixed, True)}
+    ways |= {name: (model, fsm.copy_codes(model, sites, change)) for name, change in changes.items()}
+    if run.dense:
+        ways |= {f"mean_difference.{i}": (run.dense, add_mean_difference(fsm, run.dense, i, rng)) for i in range(len(run.dense.h))}
+    result = {name: {"first": [], "inside": []} for name in ways}
+    for _ in tqdm(range(N_SEEDS), desc="control", leave=False, disable=None):
+        b = (rng.integers(1, fsm.n_states, size=n_pairs) + (a := rng.integers(fsm.n_states, size=n_pairs))) % fsm.n_states
+        most = (run.config.block_size - fsm.digits) // fsm.digits  # states that a run may have before the next
+        n = int(rng.integers(most // 4, most)) + 1
+        inside = fsm.sequences(rng, n_pairs, 1 + n * fsm.digits)
+        b_inside = (fsm.decode(inside[:, 1:])[:, -1] + rng.integers(1, fsm.n_states, size=n_pairs)) % fsm.n_states
+        for name, (which, intervene) in ways.items():
+            result[name]["first"].append(fsm.control(which, fsm.runs(a), b, intervene, generator))
+            result[name]["inside"].append(fsm.control(which, torch.from_numpy(inside), b_inside, intervene, generator))
+    result = {name: {where: interval(rows) for where, rows in way.items()} for name, way in result.items()}
+    for way in result.values():
+        for where, row in way.items():
+            row["normalised_jsd"] = row["jsd"] / result["none"][where]["jsd"]
+    shifts = {name: way for name, way in result.items() if name.startswith("mean_difference.")}
+    if shifts:
+        best = max(shifts, key=lambda name: shifts[name]["first"]["control"])
+        result = {name: way for name, way in result.items() if name not in shifts}
+        result["mean_difference"] = {**shifts[best], "layer": int(best.split(".")[1])}
+    return result
+
+
+def interval(rows):
+    """{"control", ...: the mean over rows, "control_ci", ...: half the width of its 95 % confidence interval}."""
+    t = {3: 4.303, 5: 2.776}[len(rows)]
+    values = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    cis = {f"{name}_ci": float(t * v.std(ddof=1) / len(v) ** 0.5) for name, v in values.items()}
+    return {**{name: float(v.mean()) for name, v in values.items()}, **cis}
+
+
+# -- the seed question
+
+
+def agreement(one, other, generator):
+    """Do the codes of two runs agree? For each code of one, the highest intersection over union of the positions on which
+    it fires with those of a code of the other: the mean over codes; and by chance, with the other's positions shuffled."""
+
+    def mean_best(fired):
+        both = np.zeros((len(one.names), len(other.names)))
+        for column in one.fired.T:
+            pairs = column[:, None].astype(np.int64) * len(other.names) + fired
+            both += np.bincount(pairs.ravel(), minlength=both.size).reshape(both.shape)
+        iou = both / np.maximum(one.count[:, None] + other.count - both, 1)
+        return float(iou.max(1)[one.count > 0].mean())
+
+    return {"mean_iou": mean_best(other.fired), "chance": mean_best(generator.permutation(other.fired))}
