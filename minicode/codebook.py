@@ -58,8 +58,11 @@ class Codebook(nn.Module):
                 self.autoencoding = F.mse_loss(q, a.detach())
                 self.commitment = F.mse_loss(a, q.detach())
                 self._count(a.detach(), q.detach())
-            out = q + (a - a.detach())  # the straight-through estimator
-            return out.flatten(-2).to(x.dtype)
+            return self.pass_on(a, q).flatten(-2).to(x.dtype)
+
+    def pass_on(self, a, q):
+        """The straight-through estimator: q going forward, a's gradient coming back."""
+        return q + (a - a.detach())
 
     def search(self, a, extra=0):
         """Ids (..., G, k + extra) of the codes most similar to a (..., G, d), best first."""

@@ -1,0 +1,147 @@
+"""python -m minicode.ablate: every idea that we tried on TokFSM, trained and measured over three seeds, as one table.
+
+An idea is the default with some flags, or with a few lines of it replaced. Half as many steps as the default, so that
+the whole takes about an hour and a half on one core; stopped, it goes on with the run it was at.
+"""
+
+import argparse
+import json
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from minicode import figures
+from minicode.codebook import Codebook
+from minicode.run import Parser, load_run, read_metrics, write
+from minicode.train_fsm import main as train_fsm
+
+# -- ideas that are no flags: each replaces one method of Codebook
+
+
+def cut_off(self, a, q):
+    """pass_on without the straight-through estimator: what lies below a codebook learns from the commitment alone."""
+    return q
+
+
+def rotation(self, a, q):
+    """pass_on by the rotation trick (Fifty et al. 2024): the gradient of the rotation and scaling that take a to q."""
+    with torch.no_grad():
+        a_unit, q_unit = F.normalize(a, dim=-1), F.normalize(q, dim=-1)
+        r = F.normalize(a_unit + q_unit, dim=-1)
+        scale = q.norm(dim=-1, keepdim=True) / a.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+
+    def along(u):
+        return (u * a).sum(-1, keepdim=True)
+
+    out = scale * (a - 2 * r * along(r) + 2 * q_unit * along(a_unit))
+    return q + (out - out.detach())
+
+
+def start_at_random(self, inputs, generator=None, start=Codebook.start):
+    """start without k-means: codes are inputs, drawn at random."""
+    chosen = torch.randperm(len(inputs), generator=generator, device=inputs.device)[: self.n_codes]
+    with torch.no_grad():
+        self.codes.copy_(inputs[chosen].view(-1, self.groups, self.dim).transpose(0, 1) / self.k)
+
+
+def normalised(self, x, forward=Codebook.forward):
+    """forward with a LayerNorm, without gain and bias, in front of the codebook: its output has another scale."""
+    return forward(self, F.layer_norm(x.unflatten(-1, (self.groups, self.dim)), (self.dim,)).flatten(-2) if self.enabled else x)
+
+
+def fewer_and_fewer(self, update=Codebook.update, first=200, then=500):
+    """update that lets k fall from 4 to 2 and to 1; what the codes add up to stays."""
+    update(self)
+    self.age = getattr(self, "age", 0) + 1
+    if self.age == 1:
+        self.k, self.codes.data = 4, self.codes.data / 4
+    elif self.age in (first, then):
+        self.k, self.codes.data = self.k // 2, self.codes.data * 2
+
+
+IDEAS = {  # name: flags, or what is replaced
+    "the default": "",
+    "similarity cosine": "--similarity cosine",
+    "similarity dot": "--similarity dot",
+    "moving averages": "--decay 0.98",
+    "no dense phase": "--dense-share 0",
+    "random inputs, not k-means": {"start": start_at_random},
+    "no straight-through": {"pass_on": cut_off},
+    "rotation trick": {"pass_on": rotation},
+    "LayerNorm in front": {"forward": normalised},
+    "no commitment": "--commitment 0",
+    "commitment 1": "--commitment 1",
+    "no revival": "--revive-every 0",
+    "revival from the start": "--revive-after 0",
+    "full rate with codebooks": "--codebook-lr 1",
+    "lr 1e-3": "--lr 1e-3",
+    "k = 2": "--k 2",
+    "k from 4 to 2 to 1": {"update": fewer_and_fewer},
+    "512 codes an MLP": "--n-codes 512",
+    "2048 codes an MLP": "--n-codes 2048",
+}
+COLUMNS = ("loss", "transition_accuracy", "dead_code_fraction", "control_mlp")
+
+
+@contextmanager
+def replaced(methods):
+    with mock.patch.multiple(Codebook, **methods):
+        yield
+
+
+def train(idea, folder, flags):
+    """Trains an idea in a folder, or goes on with it; returns its figures, control by all MLPs among them."""
+    methods = IDEAS[idea] if isinstance(IDEAS[idea], dict) else {}
+    with replaced(methods):
+        if not (folder / "ablation.json").exists():
+            more = [] if methods else IDEAS[idea].split()
+            again = ["--overwrite"] if (folder / "config.json").exists() else []
+            status = train_fsm(["--out", str(folder), *flags, *more, *again])
+            if status:
+                raise SystemExit(status)
+            run = load_run(folder)
+            mlps = [site for site in run.model.codebooks() if site.startswith("mlp.")]
+            (a, b), generator = run.fsm.pairs(), torch.Generator().manual_seed(0)
+            control = run.fsm.control(run.model, run.fsm.runs(a), b, run.fsm.copy_codes(run.model, mlps), generator)
+            write(folder / "ablation.json", json.dumps({**run.summary, "control_mlp": control["control"]}))
+    return json.loads((folder / "ablation.json").read_text())
+
+
+def main(argv=None):
+    parser = Parser(
+        prog="python -m minicode.ablate", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("ideas", nargs="*", metavar="IDEA", help=f"which (default: all): {', '.join(IDEAS)}")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablate"), help="folder of the runs (default: runs/ablate)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of each (default: 3)")
+    parser.add_argument("--steps", type=int, default=2000, help="training steps (default: 2000)")
+    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="write the curves of the loss there, as an SVG file")
+    args = parser.parse_args(argv)
+    if unknown := [idea for idea in args.ideas if idea not in IDEAS]:
+        parser.error(f"there is no idea {unknown[0]!r}; there are: {', '.join(IDEAS)}")
+    ideas, curves = args.ideas or list(IDEAS), {}
+    lines = ["| idea | loss | transition accuracy | dead codes | control, MLPs |", "|---|---|---|---|---|"]
+    for idea in ideas:
+        folders = [args.out / f"{idea.replace(' ', '-')}-{seed}" for seed in range(args.seeds)]
+        common = ["--steps", str(args.steps), "--eval-every", str(max(1, args.steps // 20))]
+        rows = [train(idea, folder, [*common, "--seed", str(seed)]) for seed, folder in enumerate(folders)]
+        values = [[row[name] for row in rows] for name in COLUMNS]
+        cells = (f"{np.mean(v):.3f} ({min(v):.3f} to {max(v):.3f})" for v in values)
+        flags = f" `{IDEAS[idea]}`" if isinstance(IDEAS[idea], str) and IDEAS[idea] else ""
+        lines.append(f"| {idea}{flags} | {' | '.join(cells)} |")
+        metrics = read_metrics(folders[0])
+        curves[idea] = ([line["tokens"] / 1e6 for line in metrics], [line["loss"] for line in metrics])
+    if args.figures:
+        args.figures.mkdir(parents=True, exist_ok=True)
+        svg = figures.lines(curves, title="Loss of each idea while it trains", x="million tokens", y="loss, nats a token")
+        write(args.figures / "ablate.svg", svg)
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
