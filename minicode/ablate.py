@@ -6,7 +6,7 @@ the whole takes about an hour and a half on one core; stopped, it goes on with t
 
 import argparse
 import json
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
@@ -87,16 +87,12 @@ IDEAS = {  # name: flags, or what is replaced
 COLUMNS = ("loss", "transition_accuracy", "dead_code_fraction", "control_mlp")
 
 
-@contextmanager
-def replaced(methods):
-    with mock.patch.multiple(Codebook, **methods):
-        yield
-
-
 def train(idea, folder, flags):
     """Trains an idea in a folder, or goes on with it; returns its figures, control by all MLPs among them."""
     methods = IDEAS[idea] if isinstance(IDEAS[idea], dict) else {}
-    with replaced(methods):
+    with ExitStack() as stack:
+        for name, method in methods.items():
+            stack.enter_context(mock.patch.object(Codebook, name, method))
         if not (folder / "ablation.json").exists():
             more = [] if methods else IDEAS[idea].split()
             again = ["--overwrite"] if (folder / "config.json").exists() else []
