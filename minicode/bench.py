@@ -88,6 +88,21 @@ def bench_search(x, codes, k, similarity, what):
     return {"codes": what, **shape, "methods": results}
 
 
+def bench_sweep(n=4096, d=64, n_codes=4096):
+    """The search for larger and larger N, C, d and k: time beside that of the first row, and the same per N * C * d."""
+    shapes = [(n, n_codes, d, 1), *((m * n, n_codes, d, 1) for m in (2, 4)), *((n, m * n_codes, d, 1) for m in (2, 4)),
+              *((n, n_codes, m * d, 1) for m in (2, 4)), *((n, n_codes, d, k) for k in (4, 16, 64))]  # fmt: skip
+    searches = {}
+    for shape in shapes:
+        x, codes, k = torch.randn(shape[0], shape[2]), torch.randn(shape[1], shape[2]), shape[3]
+        searches[shape] = lambda x=x, codes=codes, k=k: topk.topk_codes(x, codes, k)
+    times, rows = timed(searches), []
+    for shape, t in times.items():
+        ratio, work = t["ms"] / times[shapes[0]]["ms"], shape[0] * shape[1] * shape[2] / (n * n_codes * d)
+        rows.append({**dict(zip(("N", "C", "d", "k"), shape)), **t, "times_first": ratio, "per_ncd": ratio / work})
+    return rows
+
+
 def trained(folder):
     """Cases for bench_search from a run: what reaches the codebooks of its last layer."""
     run, inputs = load_run(folder), {}
@@ -144,6 +159,7 @@ def main(argv=None):
         cases += trained("runs/fsm")
     result = {"threads": torch.get_num_threads(), "extension": extension.load()[1], "peak_gflops": peak}
     result["search"] = [bench_search(*case) for case in cases]
+    result["sweep"] = bench_sweep()
     result["codebook"] = [bench_layer(128, 10_000, 1), bench_layer(32, 2048, 4)]
     result["training_step"] = bench_steps()
     print(json.dumps(result) if args.json else describe(result))
@@ -151,7 +167,7 @@ def main(argv=None):
 
 def describe(result):
     def line(name, m, more):
-        return f"  {name:21}{m['ms']:9.2f} ms ({m['lowest']:.2f} to {m['highest']:.2f})  {more}"
+        return f"  {name:25}{m['ms']:9.2f} ms ({m['lowest']:.2f} to {m['highest']:.2f})  {more}"
 
     lines = [f"{result['threads']} threads, float32 peak {result['peak_gflops']:.0f} GFLOP/s"]
     for row in result["search"]:
@@ -160,6 +176,10 @@ def describe(result):
             memory = "" if m["extra_mb"] is None else f", {m['extra_mb']:.0f} MB more"
             rate = f"{m['gflops']:.0f} GFLOP/s ({m['gflops'] / result['peak_gflops']:.0%} of peak)"
             lines.append(line(name, m, f"{m['times_as_fast']:.2f} x, {rate}{memory}"))
+    lines.append("\nthe search, for larger N, C, d and k: beside the first row, and per N * C * d")
+    for row in result["sweep"]:
+        name = f"{row['N']} x {row['d']}, {row['C']}, k = {row['k']}"
+        lines.append(line(name, row, f"{row['times_first']:.2f} x, per N * C * d {row['per_ncd']:.2f}"))
     for row in result["codebook"]:
         lines.append(f"\nCodebook layer, forward + backward, 64 x 128 x {row['groups']} x {row['d']}, {row['C']} codes")
         lines += [line(name, m, f"{row['methods']['matmul + topk']['ms'] / m['ms']:.2f} x") for name, m in row["methods"].items()]

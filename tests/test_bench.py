@@ -12,6 +12,7 @@ def test_bench_prints_every_table(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "SHAPES", [(2, 80, 4, 300, 2), (1, 1, 4, 300, 3)])
     monkeypatch.setattr(bench, "bench_layer", lambda dim, n_codes, groups, real=bench.bench_layer: real(dim // 8, n_codes // 50, groups))
+    monkeypatch.setattr(bench, "bench_sweep", lambda real=bench.bench_sweep: real(n=8, d=4, n_codes=64))
     bench.main(["--json"])
     result = json.loads(capsys.readouterr().out)
     assert [row["N"] for row in result["search"]] == [80, 1] and result["peak_gflops"] > 1
@@ -20,6 +21,11 @@ def test_bench_prints_every_table(tmp_path, monkeypatch, capsys):
         assert row["methods"]["matmul + topk"]["times_as_fast"] == 1
         for name, method in row["methods"].items():
             assert method["lowest"] <= method["ms"] <= method["highest"] and method.get("different_ids", 0) == 0, name
+    shapes = [(row["N"], row["C"], row["d"], row["k"]) for row in result["sweep"]]
+    assert shapes[1::2] == [(16, 64, 4, 1), (8, 128, 4, 1), (8, 64, 8, 1), (8, 64, 4, 4), (8, 64, 4, 64)]
+    for row in result["sweep"]:
+        assert row["times_first"] == pytest.approx(row["ms"] / result["sweep"][0]["ms"])
+        assert row["per_ncd"] * row["N"] * row["C"] * row["d"] / (8 * 64 * 4) == pytest.approx(row["times_first"])
     assert result["training_step"]["dense"]["times_dense"] == 1
     assert "training step" in bench.describe(result)
 
