@@ -66,7 +66,6 @@ def fewer_and_fewer(self, update=Codebook.update, first=200, then=500):
 IDEAS = {  # name: flags, or what is replaced
     "the default": "",
     "similarity cosine": "--similarity cosine",
-    "similarity dot": "--similarity dot",
     "moving averages": "--decay 0.98",
     "no dense phase": "--dense-share 0",
     "random inputs, not k-means": {"start": start_at_random},
@@ -74,14 +73,15 @@ IDEAS = {  # name: flags, or what is replaced
     "rotation trick": {"pass_on": rotation},
     "LayerNorm in front": {"forward": normalised},
     "no commitment": "--commitment 0",
-    "commitment 1": "--commitment 1",
     "no revival": "--revive-every 0",
     "revival from the start": "--revive-after 0",
     "full rate with codebooks": "--codebook-lr 1",
-    "lr 1e-3": "--lr 1e-3",
-    "k = 2": "--k 2",
     "k from 4 to 2 to 1": {"update": fewer_and_fewer},
     "512 codes an MLP": "--n-codes 512",
+    "similarity dot": "--similarity dot",
+    "commitment 1": "--commitment 1",
+    "lr 1e-3": "--lr 1e-3",
+    "k = 2": "--k 2",
     "2048 codes an MLP": "--n-codes 2048",
 }
 COLUMNS = ("loss", "transition_accuracy", "dead_code_fraction", "control_mlp")
