@@ -64,7 +64,7 @@ class Chart:
             self.text(left + 17, top, name)
             left += width
         upright = Axis(y, 0, 1).named  # bars that lie, and hence a reference that stands
-        top, bottom = (top + 14 if legend else 10) + 18 * bool(y_label or upright and reference), height - (46 if x_label else 26)
+        top, bottom = (top + 18 if legend else 10) + 18 * bool(y_label or upright and reference), height - (46 if x_label else 26)
         self.y = Axis(y, top, bottom) if upright else Axis(y, bottom, top)
         left = 12 + LETTER * max(len(text) for _, text in self.y.ticks)
         self.x = Axis(x, left, WIDTH - (14 + LETTER * len(reference[1]) if reference and not upright else 20))
