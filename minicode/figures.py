@@ -8,15 +8,15 @@ the axes `x` and `y`, and `cover`: numbers that the axes have to reach, whatever
 import math
 from html import escape
 
-LIGHT = ("#0072b2", "#d55e00", "#009e73", "#b0508a", "#8a6d00", "#6f6f6f")
-DARK = ("#56b4e9", "#f08a4b", "#2cc295", "#e39bc6", "#dcbf4a", "#a8a8a8")
-STYLE = "".join(
-    f".chart{{font:13px system-ui,-apple-system,'Segoe UI',sans-serif;color:{text}}}.chart text{{fill:currentColor}}"
-    f".chart .label{{font-weight:600;stroke:{paper};stroke-width:4;paint-order:stroke}}.chart .grid{{color:{grid}}}"
-    f".chart .ink{{color:{ink}}}" + "".join(f".chart .c{i}{{color:{color}}}" for i, color in enumerate(colors)) + end
-    for text, paper, grid, ink, colors, end in (
-        ("#57606a", "#fff", "#dfe3e8", "#1f2328", LIGHT, "@media(prefers-color-scheme:dark){"),
-        ("#a3adb8", "#15181c", "#30363d", "#f0f3f6", DARK, "}"),
+LIGHT = "#0072b2 #d55e00 #009e73 #b0508a #8a6d00 #6f6f6f".split()
+DARK = "#56b4e9 #f08a4b #2cc295 #e39bc6 #dcbf4a #a8a8a8".split()
+STYLE = ".chart{font:13px system-ui,-apple-system,'Segoe UI',sans-serif}.chart text{fill:currentColor}" + "".join(
+    f"@media {theme}{{.chart{{color:{text}}}.chart .ink{{color:{ink}}}.chart .grid{{color:{grid}}}"
+    f".chart .label{{font-weight:600;stroke:{paper};stroke-width:4;paint-order:stroke}}"
+    + "".join(f".chart .c{i}{{color:{color}}}" for i, color in enumerate(colors)) + "}"
+    for theme, text, ink, grid, paper, colors in (
+        ("all", "#57606a", "#1f2328", "#dfe3e8", "#fff", LIGHT),
+        ("(prefers-color-scheme:dark)", "#a3adb8", "#f0f3f6", "#30363d", "#15181c", DARK),
     )
 )  # fmt: skip
 WIDTH, LETTER = 480, 7  # of a chart, and of a letter on average, in pixels
@@ -59,7 +59,7 @@ class Axis:
 
 
 class Chart:
-    """The frame of a chart, into which path() and dots() draw. x and y: names or numbers, as for an axis."""
+    """The frame of a chart, into which path() and text() draw. x and y: names or numbers, as for an axis."""
 
     def __init__(self, title, x, y, x_label, y_label, legend=(), height=300, reference=None):
         """reference: (value, label) of a line across, on the axis of numbers."""
@@ -90,23 +90,19 @@ class Chart:
         """The ends of a line across the frame at x, or at y."""
         return [(self.x.low, y), (self.x.high, y)] if x is None else [(x, self.y.low), (x, self.y.high)]
 
-    def path(self, points, color="ink", title="", fill="none", width=1, dash="none"):
-        """A line through points, broken at those that are not finite; or an area, filled."""
+    def path(self, points, color="ink", width=1, fill="none", dash="none", title="", dots=False):
+        """A line through the points that are finite, broken at others; or dots at them; or, filled, an area."""
         d, step = "", "M"
         for a, b in points:
-            d, step = (f"{d}{step}{self.x(a):.1f},{self.y(b):.1f}", "L") if finite(a, b) else (d, "M")
-        style = f'fill="{fill}" stroke="currentColor" stroke-width="{width}" stroke-dasharray="{dash}"'
+            place = f"{self.x(a):.1f},{self.y(b):.1f}" + "h0" * dots if finite(a, b) else ""
+            d, step = d + (step + place) * bool(place), "L" if place and not dots else "M"
+        style = f'stroke-width="{width}" stroke-dasharray="{dash}" stroke-linecap="round"'
         title = title and f"<title>{escape(title)}</title>"
-        self.parts.append(f'<path class="{color}" d="{d}" {style}>{title}</path>' if d else "")
-
-    def dots(self, points, color, size):
-        d = "".join(f"M{self.x(a):.1f},{self.y(b):.1f}h0" for a, b in points if finite(a, b))
-        style = f'stroke-width="{size}" stroke="currentColor" stroke-linecap="round" stroke-opacity="0.8"'
-        self.parts.append(f'<path class="{color}" d="{d}" {style}/>' if d else "")
+        self.parts += [f'<path class="{color}" d="{d}" fill="{fill}" stroke="currentColor" {style}>{title}</path>'] * bool(d)
 
     def text(self, x, y, text, anchor="start", color=""):
-        text = f'<text class="{color}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>' if text else ""
-        self.parts.append(text)
+        place = f'class="{color}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+        self.parts += [f"<text {place}>{escape(text)}</text>"] * bool(text)
 
     def svg(self):
         if self.reference:
@@ -135,7 +131,7 @@ def bars(groups, series, values, errors=None, *, title="", x="", y="", reference
     for at, value, error, color, note in drawn:
         side, other = at - 0.36 / n, at + 0.36 / n
         box = swap(side, 0), swap(side, value), swap(other, value), swap(other, 0)
-        chart.path(box, color, note, "currentColor", 0)
+        chart.path(box, color, 0, "currentColor", title=note)
         chart.path([swap(at, value - error), swap(at, value + error)] if error else [], width=1.5)
     return chart.svg()
 
@@ -147,7 +143,7 @@ def lines(series, *, title="", x="", y="", reference=None, cover=()):
     chart = Chart(title, xs, [*cover, *(reference or ())[:1], *ys], x, y, legend, reference=reference)
     for i, points in enumerate([list(zip(*line)) for line in series.values()]):
         chart.path(points, paint(i), width=2)
-        chart.dots(points if len(points) <= 40 else (), paint(i), 7)
+        chart.path(points if len(points) <= 40 else (), paint(i), 7, dots=True)
     return chart.svg()
 
 
@@ -159,9 +155,10 @@ def scatter(points, colors=None, names=(), labels=None, *, title="", x="", y="",
         ends = max(chart.x.low, chart.y.low), min(chart.x.high, chart.y.high)
         chart.path([(end, end) for end in ends], dash="4 3")
     for i in range(max(colors, default=-1) + 1):
-        chart.dots([p for p, color, label in zip(points, colors, labels) if color == i and not label], paint(i), 5)
+        chosen = [point for point, color, label in zip(points, colors, labels) if color == i and not label]
+        chart.path(chosen, paint(i), 5, dots=True)
     for point, color, label in zip(points, colors, labels):
         if label and finite(*point):
-            chart.dots([point], paint(color), 12)
+            chart.path([point], paint(color), 12, dots=True)
             chart.text(chart.x(point[0]) + 9, chart.y(point[1]) + 4.5, label, color="label")
     return chart.svg()
