@@ -11,7 +11,7 @@ from html import escape
 LIGHT = "#0072b2 #d55e00 #009e73 #b0508a #8a6d00 #6f6f6f".split()
 DARK = "#56b4e9 #f08a4b #2cc295 #e39bc6 #dcbf4a #a8a8a8".split()
 STYLE = ".chart{font:13px system-ui,-apple-system,'Segoe UI',sans-serif}.chart text{fill:currentColor}" + "".join(
-    f"@media {theme}{{.chart{{color:{text}}}.chart .ink{{color:{ink}}}.chart .grid{{color:{grid}}}"
+    f"@media {theme}{{.chart{{color:{text}}}.chart .ink,.chart .label{{color:{ink}}}.chart .grid{{color:{grid}}}"
     f".chart .label{{font-weight:600;stroke:{paper};stroke-width:4;paint-order:stroke}}"
     + "".join(f".chart .c{i}{{color:{color}}}" for i, color in enumerate(colors)) + "}"
     for theme, text, ink, grid, paper, colors in (
