@@ -7,6 +7,7 @@ the axes `x` and `y`, and `cover`: numbers that the axes have to reach, whatever
 
 import math
 from html import escape
+from itertools import product
 
 LIGHT = "#0072b2 #d55e00 #009e73 #b0508a #8a6d00 #6f6f6f".split()
 DARK = "#56b4e9 #f08a4b #2cc295 #e39bc6 #dcbf4a #a8a8a8".split()
@@ -26,10 +27,6 @@ def finite(*values):
     return all(value is not None and math.isfinite(value) for value in values)
 
 
-def paint(i):
-    return f"c{i % len(LIGHT)}"
-
-
 def ticks(values):
     """Round numbers, evenly spaced, that cover those of the values that are finite, but for a tenth of a step."""
     values = [v for v in values if finite(v)]
@@ -47,12 +44,9 @@ class Axis:
 
     def __init__(self, values, start, end):
         self.start, self.end, self.named = start, end, bool(values) and isinstance(values[0], str)
-        if self.named:
-            self.ticks, self.low, self.high = list(enumerate(values)), -0.5, len(values) - 0.5
-        else:
-            self.ticks = [(tick, f"{tick:,.10g}") for tick in ticks(values)]
-            reached = [self.ticks[0][0], self.ticks[-1][0], *filter(finite, values)]
-            self.low, self.high = min(reached), max(reached)
+        self.ticks = list(enumerate(values)) if self.named else [(tick, f"{tick:,.10g}") for tick in ticks(values)]
+        reached = [-0.5, len(values) - 0.5] if self.named else [*dict(self.ticks), *filter(finite, values)]
+        self.low, self.high = min(reached), max(reached)
 
     def __call__(self, value):
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
@@ -68,7 +62,7 @@ class Chart:
         for i, name in enumerate(legend):
             width = 32 + LETTER * len(name)
             left, top = (0, top + 20) if left and left + width > WIDTH else (left, top)
-            self.parts.append(f'<path class="{paint(i)}" d="M{left} {top - 10}h11v11h-11z" fill="currentColor"/>')
+            self.parts.append(f'<path class="c{i % 6}" d="M{left} {top - 10}h11v11h-11z" fill="currentColor"/>')
             self.text(left + 17, top, name)
             left += width
         self.lying = Axis(y, 0, 1).named  # bars that lie: the reference stands, and its label is above it
@@ -112,25 +106,23 @@ class Chart:
             self.text(*place, label, "middle" if self.lying else "start")
         title, size = escape(self.title), f'width="{WIDTH}" height="{self.height}" viewBox="0 0 {WIDTH} {self.height}"'
         head = f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" {size} role="img" aria-label="{title}">'
-        return f"{head}<title>{title}</title><style>{STYLE}</style>{''.join(self.parts)}</svg>"
+        return "".join((head, f"<title>{title}</title><style>{STYLE}</style>", *self.parts, "</svg>"))
 
 
 def bars(groups, series, values, errors=None, *, title="", x="", y="", reference=None, horizontal=False, cover=()):
     """Bars side by side: values[i][j] of series i in the group j; errors: half the length of their error bars."""
     n, numbers, drawn = max(1, len(series)), [0, *cover, *(reference or ())[:1]], []
-    for i, name in enumerate(series):
-        for j, group in enumerate(groups):
-            value, error = values[i][j], errors[i][j] if errors and finite(errors[i][j]) else 0
-            if finite(value):
-                note = f"{group}, {name}: {value:.4g}" + (f" ± {error:.2g}" if error else "")
-                drawn.append((j + 0.8 * ((i + 0.5) / n - 0.5), value, error, paint(i), note))
-                numbers += [value - error, value + error]
+    for (i, name), (j, group) in product(enumerate(series), enumerate(groups)):
+        value, error = values[i][j], errors[i][j] if errors and finite(errors[i][j]) else 0
+        if finite(value):
+            note = f"{group}, {name}: {value:.4g}" + (f" ± {error:.2g}" if error else "")
+            drawn.append((j + 0.8 * ((i + 0.5) / n - 0.5), value, error, f"c{i % 6}", note))
+            numbers += [value - error, value + error]
     swap = (lambda a, b: (b, a)) if horizontal else (lambda a, b: (a, b))
     height, legend = 80 + len(groups) * (12 + 13 * n) if horizontal else 300, series if n > 1 else ()
     chart = Chart(title, *swap(groups, numbers), x, y, legend, height, reference)
     for at, value, error, color, note in drawn:
-        side, other = at - 0.36 / n, at + 0.36 / n
-        box = swap(side, 0), swap(side, value), swap(other, value), swap(other, 0)
+        box = [swap(at + side * 0.36 / n, end) for side, end in ((-1, 0), (-1, value), (1, value), (1, 0))]
         chart.path(box, color, 0, "currentColor", title=note)
         chart.path([swap(at, value - error), swap(at, value + error)] if error else [], width=1.5)
     return chart.svg()
@@ -139,11 +131,11 @@ def bars(groups, series, values, errors=None, *, title="", x="", y="", reference
 def lines(series, *, title="", x="", y="", reference=None, cover=()):
     """series: {name: (xs, ys)}, a line each; with dots where they are few."""
     xs, ys = ([v for line in series.values() for v in line[axis]] for axis in (0, 1))
-    legend = series if len(series) > 1 else ()
-    chart = Chart(title, xs, [*cover, *(reference or ())[:1], *ys], x, y, legend, reference=reference)
-    for i, points in enumerate([list(zip(*line)) for line in series.values()]):
-        chart.path(points, paint(i), width=2)
-        chart.path(points if len(points) <= 40 else (), paint(i), 7, dots=True)
+    numbers, legend = [*cover, *(reference or ())[:1], *ys], series if len(series) > 1 else ()
+    chart = Chart(title, xs, numbers, x, y, legend, reference=reference)
+    for i, (a, b) in enumerate(series.values()):
+        chart.path(zip(a, b), f"c{i % 6}", 2)
+        chart.path(zip(a, b) if len(a) <= 40 else (), f"c{i % 6}", 7, dots=True)
     return chart.svg()
 
 
@@ -152,13 +144,12 @@ def scatter(points, colors=None, names=(), labels=None, *, title="", x="", y="",
     colors, labels = colors or [0] * len(points), labels or [""] * len(points)
     chart = Chart(title, *([*cover, *(point[axis] for point in points)] for axis in (0, 1)), x, y, names, 400)
     if diagonal:
-        ends = max(chart.x.low, chart.y.low), min(chart.x.high, chart.y.high)
-        chart.path([(end, end) for end in ends], dash="4 3")
+        chart.path([(max(chart.x.low, chart.y.low),) * 2, (min(chart.x.high, chart.y.high),) * 2], dash="4 3")
     for i in range(max(colors, default=-1) + 1):
         chosen = [point for point, color, label in zip(points, colors, labels) if color == i and not label]
-        chart.path(chosen, paint(i), 5, dots=True)
+        chart.path(chosen, f"c{i % 6}", 5, dots=True)
     for point, color, label in zip(points, colors, labels):
         if label and finite(*point):
-            chart.path([point], paint(color), 12, dots=True)
+            chart.path([point], f"c{color % 6}", 12, dots=True)
             chart.text(chart.x(point[0]) + 9, chart.y(point[1]) + 4.5, label, color="label")
     return chart.svg()
