@@ -90,6 +90,10 @@ class Parser(argparse.ArgumentParser):
             self.error(str(error))
 
 
+def one_line(error):
+    return " ".join(str(error).split())[:200]
+
+
 def write(path, content):
     """Writes text or bytes so that the file appears whole or not at all; until then the old one stays."""
     temporary = path.with_name(path.name + ".tmp")
@@ -141,8 +145,8 @@ def read_json(path, build):
     """build(data) of a JSON file; anything wrong with it is a ValueError that names the file."""
     try:
         return build(json.loads(path.read_text()))
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {str(error)[:200]}") from None
+    except Exception as error:  # whatever a hostile file leads to
+        raise ValueError(f"{path} is damaged: {one_line(error)}") from None
 
 
 def figures(data):
@@ -241,9 +245,8 @@ def load_run(folder, device="cpu"):
         if (wanted := sum(tensor.nbytes for tensor in expected.values())) > size:
             raise ValueError(f"it has {size} bytes, of {wanted}")
         check_tensors(state, expected)
-    except (ValueError, RuntimeError, TypeError, AttributeError, OverflowError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{folder / 'model.pt'} does not hold the model of config.json: {reason}") from None
+    except Exception as error:
+        raise ValueError(f"{folder / 'model.pt'} does not hold the model of config.json: {one_line(error)}") from None
     model = GPT(config)
     model.load_state_dict(state)
     done = (folder / "summary.json").is_file()
@@ -258,8 +261,8 @@ def read_metrics(folder, up_to=math.inf):
         lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
         metrics = [figures(json.loads(line)) for line in lines if line.endswith("\n")]
         return [line for line in metrics if line["step"] <= up_to]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {str(error)[:200]}") from None
+    except Exception as error:
+        raise ValueError(f"{path} is damaged: {one_line(error)}") from None
 
 
 def write_metrics(folder, metrics):

@@ -25,8 +25,8 @@ from minicode.control import record
 from minicode.fsm import FSM
 from minicode.model import GPT, evaluating
 from minicode.run import (
-    Parser, TrainConfig, add_flags, check_run, check_tensors, given, load_run, make_run, read_metrics, read_tensors, write,
-    write_metrics, write_tensors,
+    Parser, TrainConfig, add_flags, check_run, check_tensors, given, load_run, make_run, one_line, read_metrics, read_tensors,
+    write, write_metrics, write_tensors,
 )  # fmt: skip
 
 
@@ -81,11 +81,6 @@ def start_codebooks(model, config, data, generator):
         hook.remove()
         codebook.enabled = True
         codebook.start(torch.cat(inputs)[:n_inputs], generator=generator)
-
-
-def codes_wait(model):
-    """Whether there are codes that will learn by gradient, but are not in use yet."""
-    return any(codebook.codes.requires_grad and not codebook.enabled for codebook in model.codebooks().values())
 
 
 def revival_is_due(config, done):
@@ -198,19 +193,21 @@ def load_checkpoint(session):
     state = read_tensors(path)
     try:
         check_tensors(state["model"], model.state_dict())
-        parameters = dict(enumerate(p for group in session.optimizer.param_groups for p in group["params"]))
-        for i, moments in state["optimizer"].items():
-            check_tensors(moments, {"step": torch.tensor(0.0), "exp_avg": parameters[i], "exp_avg_sq": parameters[i]})
+        parameters, moments = dict(enumerate(p for group in session.optimizer.param_groups for p in group["params"])), {}
+        for i, found in state["optimizer"].items():
+            check_tensors(found, {"step": torch.tensor(0.0), "exp_avg": parameters[i], "exp_avg_sq": parameters[i]})
+            moments[i] = {name: tensor.clone() for name, tensor in found.items()}  # off the disk
         session.step, session.seconds = int(state["step"]), float(state["seconds"])
         if not 0 < session.step <= config.steps or not 0 <= session.seconds < math.inf:
             raise ValueError(f"step {session.step}, after {session.seconds} seconds")
         model.load_state_dict(state["model"])
-        session.optimizer.load_state_dict({**session.optimizer.state_dict(), "state": state["optimizer"]})
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{path} is not a checkpoint of this run: {str(error)[:200]}") from None
+        session.optimizer.load_state_dict({**session.optimizer.state_dict(), "state": moments})
+    except Exception as error:  # whatever a hostile file leads to
+        raise ValueError(f"{path} is not a checkpoint of this run: {one_line(error)}") from None
     session.metrics = read_metrics(session.folder, session.step)
-    if [line["step"] for line in session.metrics] != [n for n in range(1, session.step + 1) if evaluation_is_due(config, n)]:
-        raise ValueError(f"{session.folder / 'metrics.jsonl'} is damaged: it lacks lines, or has them twice")
+    due = [n for n in range(1, session.step + 1) if evaluation_is_due(config, n)]
+    if [line["step"] for line in session.metrics] != due or not all({"loss", "accuracy"} <= line.keys() for line in session.metrics):
+        raise ValueError(f"{session.folder / 'metrics.jsonl'} is damaged: its lines are not those of {session.step} steps")
 
 
 def train(session):
@@ -220,7 +217,8 @@ def train(session):
     """
     config, data, model = session.config, session.data, session.model
     fast = torch.compile(model) if config.compile else model
-    forward = parallel.wrap(fast, unused=codes_wait(model))
+    waiting = config.decay is None and not all(codebook.enabled for codebook in model.codebooks().values())
+    forward = parallel.wrap(fast, unused=waiting)
     began = time.monotonic() - session.seconds
     model.train()
     quiet = None if parallel.rank() == 0 else True
