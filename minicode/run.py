@@ -104,7 +104,7 @@ def write(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:  # a full disk
-        raise OSError(f"{path} could not be written: {error.strerror}") from None
+        raise OSError(f"{path} could not be written: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -122,7 +122,10 @@ def read_tensors(path):
             warnings.simplefilter("ignore")
             if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size or archive.testzip():
                 raise ValueError("sizes or checksums")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # so that no size it claims is believed
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # so that no size it claims is believed
+        if not isinstance(data, dict):
+            raise ValueError("no dict")
+        return data
     except Exception as error:  # whatever the zip reader and the unpickler raise
         raise ValueError(f"{path} is damaged, or no file of tensors, and was not loaded ({type(error).__name__})") from None
 

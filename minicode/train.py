@@ -111,7 +111,8 @@ def train_step(model, forward, optimizer, config, step, data):
         codebooks = {codebook: inputs + codebook.inputs for codebook, inputs in codebooks.items()}
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    for codebook, codebook.inputs in codebooks.items():
+    for codebook, inputs in codebooks.items():
+        codebook.inputs = inputs
         codebook.update()
     return sum(losses) / len(x)
 
@@ -174,7 +175,8 @@ def open_session(config, data, folder, resume=False, overwrite=False):
         raise ValueError(f"batch_size ({config.batch_size}) must be a multiple of {n_parts} (processes x accumulate)")
     with parallel.together():
         check_run(folder, config, data, resume, overwrite)
-        extension.load()  # what it has to say, or to build, comes before the first step
+        if parallel.rank() == 0:
+            extension.load()  # what it has to say, or to build, comes before the first step
         torch.manual_seed(config.seed)
         model = GPT(config).to(pick_device(config.device))
         model.use_codebooks(config.dense_steps == 0)
@@ -221,7 +223,7 @@ def train(session):
     forward = parallel.wrap(fast, unused=waiting)
     began = time.monotonic() - session.seconds
     model.train()
-    quiet = None if parallel.rank() == 0 else True
+    quiet = parallel.rank() > 0 or None
     with stop_signals() as stop, tqdm(total=config.steps, initial=session.step, unit="step", disable=quiet) as bar:
         for step in range(session.step, config.steps):
             generator = torch.Generator(model.device).manual_seed((config.seed * 1_000_003 + step) % 2**63)

@@ -27,7 +27,7 @@ from minicode.train import open_session
 from minicode.train_fsm import main as train_fsm
 
 ROOT = Path(__file__).parent.parent
-SMALL = [*TINY, *"--n-layer 1 --n-embd 8 --n-codes 8 --batch-size 32 --steps 20 --eval-every 5 --checkpoint-every 4 --revive-every 3".split()]
+SMALL = [*TINY, *"--codebooks mlp --n-layer 1 --n-embd 8 --n-codes 8 --batch-size 32 --steps 20 --eval-every 5 --checkpoint-every 4 --revive-every 3".split()]
 
 
 def weights(folder, name="model.pt"):
@@ -108,7 +108,7 @@ def killed(folder, what, nth):
     return train_fsm(["--out", str(folder), *SMALL, *resume])
 
 
-MOMENTS = [("a dense step", 8), ("k-means", 15), ("a step with codebooks", 8)] + [
+MOMENTS = [("a dense step", 8), ("k-means", 8), ("a step with codebooks", 8)] + [
     (moment.format(name), times)
     for name, times in {"config.json": 0, "fsm.json": 0, "train_state.pt": 4, "model.pt": 4, "metrics.jsonl": 3, "summary.json": 0}.items()
     for moment in ("half of {}", "before {} is replaced", "after {} is replaced")
