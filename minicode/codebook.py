@@ -55,7 +55,7 @@ class Codebook(nn.Module):
             a = x.float().unflatten(-1, (self.groups, self.dim))  # (..., G, d)
             search = self.control or self.search
             self.ids = search(a.detach())  # (..., G, k)
-            rows = self.ids + torch.arange(self.groups, device=x.device).unsqueeze(-1) * self.n_codes  # of the (G * C, d) table
+            rows = self.ids + self.n_codes * torch.arange(self.groups, device=x.device).unsqueeze(-1)  # of the table (G * C, d)
             q = F.embedding_bag(rows.flatten(0, -2), self.codes.view(-1, self.dim), mode="sum").view_as(a)  # (..., G, d)
             if self.training:
                 self.autoencoding = F.mse_loss(q, a.detach())

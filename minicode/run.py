@@ -185,7 +185,8 @@ def check_run(folder, config, data, resume=False, overwrite=False):
         saved = read_json(folder / "config.json", config_from_json)
         free = ("device", "compile", "accumulate")
         differ = [name for name, value in asdict(config).items() if value != getattr(saved, name) and name not in free]
-        if (folder / data.file).is_file() and read_data(folder).to_json() != data.to_json():  # a kill at the start: not there yet
+        begun = (folder / data.file).is_file()  # else it was killed before
+        if begun and read_data(folder).to_json() != data.to_json():
             differ.append("its data")
         if differ:
             raise ValueError(f"the run in {folder} has other settings than these: {', '.join(differ)}")
@@ -238,7 +239,7 @@ def load_run(folder, device="cpu"):
     config = read_json(folder / "config.json", config_from_json)
     data = read_data(folder)
     if config.vocab_size != data.vocab_size:
-        raise ValueError(f"{folder / 'config.json'} is damaged: vocab_size is {config.vocab_size}, its data's {data.vocab_size}")
+        raise ValueError(f"{folder / 'config.json'}: vocab_size is {config.vocab_size}, but that of its data {data.vocab_size}")
     state, size = read_tensors(folder / "model.pt"), (folder / "model.pt").stat().st_size
     try:
         if config.n_layer > len(state):

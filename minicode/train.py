@@ -178,7 +178,11 @@ def open_session(config, data, folder, resume=False, overwrite=False):
         if parallel.rank() == 0:
             extension.load()  # what it has to say, or to build, comes before the first step
         torch.manual_seed(config.seed)
-        model = GPT(config).to(pick_device(config.device))
+        device = pick_device(config.device)
+        try:
+            model = GPT(config).to(device)
+        except RuntimeError as error:
+            raise ValueError(f"there is no room for this model: {one_line(error)}") from None
         model.use_codebooks(config.dense_steps == 0)
         session = Session(config, data, folder, model, make_optimizer(model, config), [])
         if resume and (folder / "train_state.pt").is_file():
@@ -206,9 +210,9 @@ def load_checkpoint(session):
         session.optimizer.load_state_dict({**session.optimizer.state_dict(), "state": moments})
     except Exception as error:  # whatever a hostile file leads to
         raise ValueError(f"{path} is not a checkpoint of this run: {one_line(error)}") from None
-    session.metrics = read_metrics(session.folder, session.step)
+    session.metrics = lines = read_metrics(session.folder, session.step)
     due = [n for n in range(1, session.step + 1) if evaluation_is_due(config, n)]
-    if [line["step"] for line in session.metrics] != due or not all({"loss", "accuracy"} <= line.keys() for line in session.metrics):
+    if [line["step"] for line in lines] != due or not all({"loss", "accuracy"} <= line.keys() for line in lines):
         raise ValueError(f"{session.folder / 'metrics.jsonl'} is damaged: its lines are not those of {session.step} steps")
 
 
