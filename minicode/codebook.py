@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from minicode import parallel
 from minicode.topk import topk_codes
 
 
@@ -37,7 +38,8 @@ class Codebook(nn.Module):
         self.similarity, self.decay = similarity, decay
         self.enabled = True
         self.control = None  # minicode.control puts itself here, to force and block codes
-        self.ids = self.inputs = self.autoencoding = self.commitment = None
+        self.ids = self.autoencoding = self.commitment = None
+        self.inputs = ()  # of the last batch, in parts (N, G, d): what revive() draws from
         self.codes = nn.Parameter(torch.randn(groups, n_codes, dim), requires_grad=decay is None)
         self.register_buffer("usage", torch.zeros(groups, n_codes))  # choices since the last revival
         # Since the last update(): how often each code was chosen, and the sum of what it was chosen for.
@@ -53,11 +55,12 @@ class Codebook(nn.Module):
             a = x.float().unflatten(-1, (self.groups, self.dim))  # (..., G, d)
             search = self.control or self.search
             self.ids = search(a.detach())  # (..., G, k)
-            q = self.sum_codes(self.ids)  # (..., G, d)
+            rows = self.ids + self.n_codes * torch.arange(self.groups, device=x.device).unsqueeze(-1)  # of the table (G * C, d)
+            q = F.embedding_bag(rows.flatten(0, -2), self.codes.view(-1, self.dim), mode="sum").view_as(a)  # (..., G, d)
             if self.training:
                 self.autoencoding = F.mse_loss(q, a.detach())
                 self.commitment = F.mse_loss(a, q.detach())
-                self._count(a.detach(), q.detach())
+                self._count(rows, a.detach(), q.detach())
             return self.pass_on(a, q).flatten(-2).to(x.dtype)
 
     def pass_on(self, a, q):
@@ -68,33 +71,25 @@ class Codebook(nn.Module):
         """Ids (..., G, k + extra) of the codes most similar to a (..., G, d), best first."""
         return topk_codes(a, self.codes.detach(), self.k + extra, self.similarity)[1]
 
-    def sum_codes(self, ids):
-        """q (..., G, d) for ids (..., G, k)."""
-        q = F.embedding_bag(self._flat(ids).flatten(0, -2), self.codes.view(-1, self.dim), mode="sum")
-        return q.view(*ids.shape[:-1], self.dim)
-
-    def _flat(self, ids):
-        """Ids (..., G, k) as rows of the (G * C, d) table."""
-        return ids + torch.arange(self.groups, device=ids.device).unsqueeze(-1) * self.n_codes
-
     @torch.no_grad()
-    def _count(self, a, q):
-        """Adds a batch to the sums that update() and revive() use."""
-        self.inputs = a.reshape(-1, self.groups, self.dim)  # (N, G, d)
-        rows = self._flat(self.ids).reshape(-1)
-        self.new_count.view(-1).index_add_(0, rows, torch.ones_like(rows, dtype=self.new_count.dtype))
+    def _count(self, rows, a, q):
+        """Adds a batch, or a part of one, to the sums that update() uses."""
+        self.inputs = (a.reshape(-1, self.groups, self.dim),)
+        self.new_count.view(-1).index_add_(0, rows.flatten(), torch.ones(rows.numel(), device=rows.device))
         if self.decay is not None:
             # A code's target is what the other k - 1 chosen codes leave over of a: E_i + (a - q).
             target = a.unsqueeze(-2)  # (..., G, 1, d)
             if self.k > 1:
-                target = target - q.unsqueeze(-2) + self.codes.view(-1, self.dim)[self._flat(self.ids)]
-            self.new_sum.view(-1, self.dim).index_add_(0, rows, target.reshape(-1, self.dim).to(self.new_sum.dtype))
+                target = target - q.unsqueeze(-2) + self.codes.view(-1, self.dim)[rows]
+            self.new_sum.view(-1, self.dim).index_add_(0, rows.flatten(), target.reshape(-1, self.dim).to(self.new_sum.dtype))
 
     @torch.no_grad()
     def update(self):
         """After each optimizer step: adds up the usage and moves the codes to their new averages."""
+        parallel.add_up(self.new_count)
         self.usage += self.new_count
         if self.decay is not None:
+            parallel.add_up(self.new_sum)
             total = self.new_count.sum(-1, keepdim=True).clamp_min(1)  # (G, 1)
             self.share.lerp_(self.new_count / total, 1 - self.decay)
             # As sum / count of two moving averages, but with one of them: a code that nothing chose stays.
@@ -114,9 +109,9 @@ class Codebook(nn.Module):
         """
         dead = self.usage < threshold * self.usage.mean(-1, keepdim=True)  # (G, C)
         self.usage.zero_()
-        if self.inputs is None or not dead.any():
+        if not self.inputs or not dead.any():
             return 0
-        a = self.inputs.transpose(0, 1)  # (G, N, d)
+        a = parallel.all_rows(torch.cat(self.inputs)).transpose(0, 1)  # (G, N, d)
         n_seeds = min(int(dead.sum(-1).max()), a.shape[1])
         seeds = self._seeds(a, n_seeds, self._nearest(a)[1], generator, power=2) / self.k
         rank = (dead.cumsum(-1) - 1).clamp(0, seeds.shape[1] - 1)  # the first dead code gets the first seed
@@ -126,6 +121,7 @@ class Codebook(nn.Module):
         for moment in (optimizer.state.get(self.codes, {}) if optimizer else {}).values():
             if moment.shape == self.codes.shape:
                 moment[dead] = 0
+        parallel.take_from_first(self)
         return int(dead.sum())
 
     @torch.no_grad()
@@ -142,6 +138,7 @@ class Codebook(nn.Module):
             self.share.copy_(self._assign(a)[0].squeeze(-1) / a.shape[1])
         self.codes /= self.k
         self.usage.zero_()
+        parallel.take_from_first(self)
 
     def _assign(self, a):
         """How many of a (G, N, d) are nearest to each code, and their sum: (G, C, 1), (G, C, d)."""

@@ -31,9 +31,10 @@ class FSM:
     seed: int = option(0, "seed of the machine's edges", flag=False)
 
     def __post_init__(self):
-        if self.n_states < 2 or not 2 <= self.base <= len(DIGITS) or not 1 <= self.n_edges <= self.n_states:
-            wrong = f"{self.n_states}, {self.base} and {self.n_edges}"
-            raise ValueError(f"a machine needs n_states >= 2, a base from 2 to 36, n_edges from 1 to n_states, not {wrong}")
+        numbers = self.n_states, self.base, self.n_edges
+        if not 2 <= self.n_states <= 10_000 or not 2 <= self.base <= len(DIGITS) or not 1 <= self.n_edges <= self.n_states:
+            needs = "n_states from 2 to 10,000, a base from 2 to 36, n_edges from 1 to n_states"
+            raise ValueError(f"a machine needs {needs}, not {numbers}")
         self.digits = 1  # a state's length in tokens
         while self.base**self.digits < self.n_states:
             self.digits += 1
@@ -278,13 +279,14 @@ class FSM:
     @classmethod
     def from_json(cls, data):
         """The machine that to_json described; its edges are the saved ones, whatever NumPy draws today."""
-        data = dict(data)
-        successors = np.asarray(data.pop("successors"))
-        fsm = cls(**data)
-        ordered = np.sort(successors, axis=-1)
-        fits = successors.shape == (fsm.n_states, fsm.n_edges) and successors.dtype.kind == "i"
-        if not fits or ordered.min() < 0 or ordered.max() >= fsm.n_states or (ordered[:, 1:] == ordered[:, :-1]).any():
-            raise ValueError(f"successors must be {fsm.n_edges} different states for each of {fsm.n_states}")
+        numbers = {name: value for name, value in data.items() if name != "successors"}
+        if not all(type(value) is int for value in numbers.values()):
+            raise ValueError(f"the numbers of a machine must be whole, not {numbers}")
+        n_states, n_edges, ordered = data["n_states"], data["n_edges"], np.sort(np.asarray(data["successors"]), axis=-1)
+        fits = ordered.shape == (n_states, n_edges) and ordered.dtype.kind == "i"
+        if not fits or ordered.min() < 0 or ordered.max() >= n_states or (ordered[:, 1:] == ordered[:, :-1]).any():
+            raise ValueError(f"successors must be {n_edges} different states for each of {n_states}")
+        fsm = cls(**numbers)
         fsm.connect(ordered)
         return fsm
 

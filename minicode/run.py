@@ -10,16 +10,18 @@ import json
 import math
 import os
 import warnings
+import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 
+from minicode import parallel
 from minicode.fsm import FSM
 from minicode.model import GPT, GPTConfig, option
 
-VERSION = 1  # of the files in a run's folder
+VERSION = 2  # of the files in a run's folder
 KINDS = (FSM,)  # of data that a run may be about; each has a file of its own
 FILES = (
     "config.json", *(kind.file for kind in KINDS), "model.pt", "train_state.pt", "metrics.jsonl", "summary.json",
@@ -30,9 +32,10 @@ FILES = (
 
 @dataclass
 class TrainConfig(GPTConfig):
-    seed: int = option(0, "seed of everything but the machine: weights, batches, k-means", least=0)
+    seed: int = option(0, "seed of everything but the machine: weights, batches, k-means", least=0, below=2**63)
     steps: int = option(4000, "training steps", least=1)
-    batch_size: int = option(16, "sequences in a batch", least=1)
+    batch_size: int = option(16, "sequences in a batch, of all processes together", least=1)
+    accumulate: int = option(1, "parts that a batch is run in, one after the other, to save memory", least=1)
     lr: float = option(4e-3, "peak learning rate; warm-up, then a cosine to a tenth of it", least=0)
     autoencoding: float = option(1.0, "weight of |q - stop_gradient(a)|^2, which moves codes that learn by gradient", least=0)
     # Not the paper's: the next five, and similarity. With them all the transition accuracy is 0.996; without one, see below.
@@ -76,7 +79,10 @@ def given(args, cls):
 
 
 class Parser(argparse.ArgumentParser):
-    """A user's mistake ends the command with one line and exit status 2."""
+    """A user's mistake ends the command with one line, however many processes make it, and exit status 2."""
+
+    def exit(self, status=0, message=None):
+        super().exit(status, message if parallel.rank() == 0 else None)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
@@ -89,14 +95,23 @@ class Parser(argparse.ArgumentParser):
             self.error(str(error))
 
 
+def one_line(error):
+    return " ".join(str(error).split())[:200]
+
+
 def write(path, content):
-    """Writes text or bytes so that the file appears whole or not at all."""
+    """Writes text or bytes so that the file appears whole or not at all; until then the old one stays."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content if isinstance(content, bytes) else content.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:  # a full disk
+        raise OSError(f"{path} could not be written: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_tensors(path, data):
@@ -105,22 +120,51 @@ def write_tensors(path, data):
     write(path, buffer.getvalue())
 
 
-def read_tensors(path, device):
-    """A file of tensors; one that is damaged, or that would run code, is a ValueError."""
+def read_tensors(path):
+    """A file of tensors; one that is damaged, or that would run code, is a ValueError. They stay on the disk until used."""
     try:
-        with warnings.catch_warnings():
+        with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location=device, weights_only=True)
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size or archive.testzip():
+                raise ValueError("sizes or checksums")
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # so that no size it claims is believed
+        if not isinstance(data, dict):
+            raise ValueError("no dict")
+        return data
     except Exception as error:  # whatever the zip reader and the unpickler raise
         raise ValueError(f"{path} is damaged, or no file of tensors, and was not loaded ({type(error).__name__})") from None
+
+
+def check_tensors(tensors, expected):
+    """ValueError, by name, unless the tensors have the names, shapes and types of the expected ones, and are finite."""
+    if tensors.keys() != expected.keys():
+        raise ValueError(f"unknown or missing: {', '.join(sorted(map(str, tensors.keys() ^ expected.keys())))}")
+    for name, like in expected.items():
+        tensor = tensors[name]
+        if type(tensor) is not torch.Tensor or tensor.layout != torch.strided:
+            raise ValueError(f"{name} is no plain tensor")
+        if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
+            raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {tuple(like.shape)} {like.dtype}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinity")
 
 
 def read_json(path, build):
     """build(data) of a JSON file; anything wrong with it is a ValueError that names the file."""
     try:
         return build(json.loads(path.read_text()))
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+    except Exception as error:  # whatever a hostile file leads to
+        raise ValueError(f"{path} is damaged: {one_line(error)}") from None
+
+
+def figures(data):
+    """data, if it is a dict of figures: finite numbers, none, or dicts of them."""
+    for name, value in data.items():
+        if isinstance(value, dict):
+            figures(value)
+        elif value is not None and (isinstance(value, bool) or not math.isfinite(value)):
+            raise ValueError(f"{name} is {value!r}")
+    return data
 
 
 def config_from_json(data):
@@ -137,27 +181,35 @@ def config_from_json(data):
     return TrainConfig(**data)
 
 
-def open_run(folder, config, data, resume=False, overwrite=False):
-    """Makes the folder of a new run, or checks that it holds this one; an existing run is never lost by accident."""
-    exists = (folder / "config.json").exists()
+def check_run(folder, config, data, resume=False, overwrite=False):
+    """Checks that a folder is free for a new run, or holds this one; an existing run is never lost by accident."""
+    exists = (folder / "config.json").is_file()
     if resume:
         if not exists:
             raise ValueError(f"there is no run in {folder} to resume")
         saved = read_json(folder / "config.json", config_from_json)
-        free = ("device", "compile")
+        free = ("device", "compile", "accumulate")
         differ = [name for name, value in asdict(config).items() if value != getattr(saved, name) and name not in free]
-        if differ or read_data(folder) != data:
-            raise ValueError(f"the run in {folder} has other settings than these: {', '.join(differ) or 'its data'}")
-        return
-    if exists and not overwrite:
+        begun = (folder / data.file).is_file()  # else it was killed before
+        if begun and read_data(folder).to_json() != data.to_json():
+            differ.append("its data")
+        if differ:
+            raise ValueError(f"the run in {folder} has other settings than these: {', '.join(differ)}")
+    elif exists and not overwrite:
         raise ValueError(f"{folder} holds a run already: --resume continues it, --overwrite replaces it")
-    if folder.exists() and not exists and any(path.suffix != ".tmp" for path in folder.iterdir()):
+    elif folder.exists() and not exists and any(path.suffix != ".tmp" for path in folder.iterdir()):
         raise ValueError(f"{folder} is not empty, and not a run")
+
+
+def make_run(folder, config, data, resume=False):
+    """Makes the folder of a run, or what a resumed one lacks."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in FILES[1:]:  # config.json stays: by it a folder is known as a run, however often it is killed here
-        (folder / name).unlink(missing_ok=True)
-    write(folder / "config.json", json.dumps({"version": VERSION, **asdict(config)}, indent=1))
-    write(folder / data.file, json.dumps(data.to_json()))
+    if not resume:
+        for name in FILES[1:]:  # config.json stays: by it a folder is known as a run, however often it is killed here
+            (folder / name).unlink(missing_ok=True)
+        write(folder / "config.json", json.dumps({"version": VERSION, **asdict(config)}, indent=1))
+    if not (folder / data.file).exists():
+        write(folder / data.file, json.dumps(data.to_json()))
 
 
 def read_data(folder):
@@ -190,26 +242,36 @@ class Run:
 
 def load_model(config, path, device):
     """The model in a file, in evaluation mode; ValueError if it is not one of this config."""
-    model = GPT(config).to(device)
+    state = read_tensors(path)
     try:
-        model.load_state_dict(read_tensors(path, device))
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} does not hold the model of config.json: {' '.join(str(error).split())[:200]}") from None
-    return model.eval()
+        if config.n_layer > len(state):
+            raise ValueError(f"it has {len(state)} tensors, for {config.n_layer} layers")
+        with torch.device("meta"):  # without memory, until it is known to be no more than the file's
+            expected = GPT(config).state_dict()
+        if (wanted := sum(tensor.nbytes for tensor in expected.values())) > (size := path.stat().st_size):
+            raise ValueError(f"it has {size} bytes, of {wanted}")
+        check_tensors(state, expected)
+    except Exception as error:  # whatever a hostile file leads to
+        raise ValueError(f"{path} does not hold the model of config.json: {one_line(error)}") from None
+    model = GPT(config)
+    model.load_state_dict(state)
+    return model.to(device).eval()
 
 
 def load_run(folder, device="cpu"):
     """The run in a folder, its model in evaluation mode; ValueError if there is none, or a file is damaged."""
     folder = Path(folder)
-    if not (folder / "config.json").exists():
+    if not (folder / "config.json").is_file():
         raise ValueError(f"there is no run in {folder}: python -m minicode.train_fsm --out {folder} makes one")
-    if not (folder / "model.pt").exists():
+    if not (folder / "model.pt").is_file():
         raise ValueError(f"the run in {folder} has no checkpoint yet: its command with --resume goes on with it")
     config = read_json(folder / "config.json", config_from_json)
     data = read_data(folder)
-    model = load_model(config, folder / "model.pt", device)
-    done = (folder / "summary.json").exists()
-    return Run(folder, config, model, data, read_json(folder / "summary.json", dict) if done else {})
+    if config.vocab_size != data.vocab_size:
+        raise ValueError(f"{folder / 'config.json'}: vocab_size is {config.vocab_size}, but that of its data {data.vocab_size}")
+    done = (folder / "summary.json").is_file()
+    summary = read_json(folder / "summary.json", figures) if done else {}
+    return Run(folder, config, load_model(config, folder / "model.pt", device), data, summary)
 
 
 def latest_run(root=Path("runs")):
@@ -223,12 +285,12 @@ def latest_run(root=Path("runs")):
 def read_metrics(folder, up_to=math.inf):
     """The lines of metrics.jsonl, one an evaluation, up to a step; half a line at the end does not count."""
     path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     try:
-        metrics = [json.loads(line) for line in lines if line.endswith("\n")]
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        metrics = [figures(json.loads(line)) for line in lines if line.endswith("\n")]
         return [line for line in metrics if line["step"] <= up_to]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+    except Exception as error:
+        raise ValueError(f"{path} is damaged: {one_line(error)}") from None
 
 
 def write_metrics(folder, metrics):

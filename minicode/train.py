@@ -7,6 +7,7 @@ that resuming needs no random state, and a resumed run ends as the unbroken one,
 
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -18,13 +19,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minicode import extension
+from minicode import extension, parallel
 from minicode.codebook import perplexity
 from minicode.control import record
 from minicode.fsm import FSM
 from minicode.model import GPT, evaluating
 from minicode.run import (
-    Parser, TrainConfig, add_flags, given, load_run, open_run, read_metrics, read_tensors, write, write_metrics, write_tensors,
+    Parser, TrainConfig, add_flags, check_run, check_tensors, given, load_run, make_run, one_line, read_metrics, read_tensors,
+    write, write_metrics, write_tensors,
 )  # fmt: skip
 
 
@@ -33,7 +35,11 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not name.startswith(("cpu", "cuda")):
         raise ValueError(f"device must be cpu, cuda or auto, not {name!r}")
+    if name == "cuda":  # of several processes, torchrun gives each its own
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
+        if name.startswith("cuda"):
+            torch.cuda.set_device(name)
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} can't be used here: {str(error).split(chr(10))[0]}") from None
@@ -83,22 +89,32 @@ def revival_is_due(config, done):
     return config.revive_every > 0 and done % config.revive_every == 0 and first <= done < config.steps
 
 
+def evaluation_is_due(config, done):
+    return done % config.eval_every == 0 or done in (config.dense_steps, config.steps)
+
+
 def train_step(model, forward, optimizer, config, step, data):
-    """One step of the optimizer and of the codebooks; returns the loss, a tensor."""
+    """One step of the optimizer and of the codebooks; returns the loss of this process, a tensor."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
-    x, y = batch(config, data, model.device, 0, step)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        _, loss = forward(x, y)
-    codebooks = [codebook for codebook in model.codebooks().values() if codebook.enabled]
-    pull = sum(config.autoencoding * c.autoencoding + config.commitment * c.commitment for c in codebooks)
     optimizer.zero_grad()
-    (loss + pull).backward()
+    codebooks = {codebook: () for codebook in model.codebooks().values() if codebook.enabled}  # and their inputs
+    x, y = (parallel.my_rows(tokens).chunk(config.accumulate) for tokens in batch(config, data, model.device, 0, step))
+    losses = []
+    for part_x, part_y in zip(x, y):
+        with parallel.keep_gradients(forward, wanted=len(losses) + 1 < len(x)):
+            with torch.autocast(part_x.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+                _, loss = forward(part_x, part_y)
+            pull = sum(config.autoencoding * c.autoencoding + config.commitment * c.commitment for c in codebooks)
+            ((loss + pull) / len(x)).backward()
+        losses.append(loss.detach())
+        codebooks = {codebook: inputs + codebook.inputs for codebook, inputs in codebooks.items()}
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    for codebook in codebooks:
+    for codebook, inputs in codebooks.items():
+        codebook.inputs = inputs
         codebook.update()
-    return loss.detach()
+    return sum(losses) / len(x)
 
 
 def evaluate(model, data, seed, n):
@@ -155,77 +171,120 @@ def open_session(config, data, folder, resume=False, overwrite=False):
     """Everything that can fail by a user's mistake, before the first step: ValueError, and no file is touched."""
     if config.block_size < data.least_block:
         raise ValueError(f"block_size ({config.block_size}) must be at least {data.least_block} here")
-    extension.load()  # what it has to say, or to build, comes before the first step
-    torch.manual_seed(config.seed)
-    model = GPT(config).to(pick_device(config.device))
-    model.use_codebooks(config.dense_steps == 0)
-    open_run(folder, config, data, resume, overwrite)
-    session = Session(config, data, folder, model, make_optimizer(model, config), [])
-    path = folder / "train_state.pt"
-    if resume and path.exists():
-        state = read_tensors(path, model.device)
+    if config.batch_size % (n_parts := parallel.ranks() * config.accumulate):
+        raise ValueError(f"batch_size ({config.batch_size}) must be a multiple of {n_parts} (processes x accumulate)")
+    with parallel.together():
+        check_run(folder, config, data, resume, overwrite)
+        if parallel.rank() == 0:
+            extension.load()  # what it has to say, or to build, comes before the first step
+        torch.manual_seed(config.seed)
+        device = pick_device(config.device)
         try:
-            model.load_state_dict(state["model"])
-            session.optimizer.load_state_dict(state["optimizer"])
-            session.step, session.seconds = state["step"], state["seconds"]
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a checkpoint of this run: {str(error)[:200]}") from None
-        session.metrics = read_metrics(folder, session.step)
+            model = GPT(config).to(device)
+        except RuntimeError as error:
+            raise ValueError(f"there is no room for this model: {one_line(error)}") from None
+        model.use_codebooks(config.dense_steps == 0)
+        session = Session(config, data, folder, model, make_optimizer(model, config), [])
+        if resume and (folder / "train_state.pt").is_file():
+            load_checkpoint(session)
+    with parallel.together():
+        if parallel.rank() == 0:
+            make_run(folder, config, data, resume)
     return session
 
 
-def train(session):
-    """Trains to the end and returns the summary; or None, with a checkpoint, when a signal stops it.
+def load_checkpoint(session):
+    """Puts a session where its folder's checkpoint was taken; ValueError if that is damaged, or another run's."""
+    path, model, config = session.folder / "train_state.pt", session.model, session.config
+    state = read_tensors(path)
+    try:
+        check_tensors(state["model"], model.state_dict())
+        parameters, moments = dict(enumerate(p for group in session.optimizer.param_groups for p in group["params"])), {}
+        for i, found in state["optimizer"].items():
+            check_tensors(found, {"step": torch.tensor(0.0), "exp_avg": parameters[i], "exp_avg_sq": parameters[i]})
+            moments[i] = {name: tensor.clone() for name, tensor in found.items()}  # off the disk
+        session.step, session.seconds = int(state["step"]), float(state["seconds"])
+        if not 0 < session.step <= config.steps or not 0 <= session.seconds < math.inf:
+            raise ValueError(f"step {session.step}, after {session.seconds} seconds")
+        model.load_state_dict(state["model"])
+        session.optimizer.load_state_dict({**session.optimizer.state_dict(), "state": moments})
+    except Exception as error:  # whatever a hostile file leads to
+        raise ValueError(f"{path} is not a checkpoint of this run: {one_line(error)}") from None
+    session.metrics = lines = read_metrics(session.folder, session.step)
+    due = [n for n in range(1, session.step + 1) if evaluation_is_due(config, n)]
+    if [line["step"] for line in lines] != due or not all({"loss", "accuracy"} <= line.keys() for line in lines):
+        raise ValueError(f"{session.folder / 'metrics.jsonl'} is damaged: its lines are not those of {session.step} steps")
 
-    Raises FloatingPointError when the loss is no number any more; the last checkpoint stays.
+
+def train(session):
+    """Trains to the end and returns the summary (rank 0); or None, with a checkpoint, when a signal stops it.
+
+    Raises FloatingPointError when the loss is no number any more, OSError on a full disk; the last checkpoint stays.
     """
-    config, data, model, metrics = session.config, session.data, session.model, session.metrics
-    forward = torch.compile(model) if config.compile else model
+    config, data, model = session.config, session.data, session.model
+    fast = torch.compile(model) if config.compile else model
+    waiting = config.decay is None and not all(codebook.enabled for codebook in model.codebooks().values())
+    forward = parallel.wrap(fast, unused=waiting)
     began = time.monotonic() - session.seconds
     model.train()
-    with stop_signals() as stop, tqdm(total=config.steps, initial=session.step, unit="step", disable=None) as bar:
+    quiet = parallel.rank() > 0 or None
+    with stop_signals() as stop, tqdm(total=config.steps, initial=session.step, unit="step", disable=quiet) as bar:
         for step in range(session.step, config.steps):
             generator = torch.Generator(model.device).manual_seed((config.seed * 1_000_003 + step) % 2**63)
             if step == config.dense_steps and step > 0:
                 write_tensors(session.folder / "dense.pt", model.state_dict())
                 start_codebooks(model, config, data, generator)
+                forward = parallel.wrap(fast, unused=False)
             loss = train_step(model, forward, session.optimizer, config, step, data)
-            done, left = step + 1, config.steps - step - 1
+            loss, stopped = parallel.agree(loss, bool(stop))
+            done = step + 1
             if not loss.isfinite():
                 raise FloatingPointError(f"the loss is {loss.item()} at step {done}: try a lower --lr than {config.lr}")
             if revival_is_due(config, done):
                 for codebook in model.codebooks().values():
                     codebook.revive(session.optimizer, generator=generator)
-            if done % config.eval_every == 0 or done == config.dense_steps or left == 0:
-                figures = evaluate(model, data, config.seed, n=256 if left else 1024)
-                metrics.append({"step": done, "tokens": done * config.batch_size * config.block_size, **figures})
-                write_metrics(session.folder, metrics)
-                tqdm.write(describe(metrics[-1]))
             session.step, session.seconds = done, time.monotonic() - began
-            stopped = bool(stop) and left > 0
-            if done % config.checkpoint_every == 0 or left == 0 or stopped:
-                save(session)
+            checkpoint = done % config.checkpoint_every == 0 or done == config.steps or stopped
+            if checkpoint or evaluation_is_due(config, done):
+                with parallel.together():
+                    if parallel.rank() == 0:
+                        keep(session, checkpoint)
             bar.update()
-            if stopped:
+            if stopped and done < config.steps:
                 return None
             if bar.n % 10 == 0 and not bar.disable:
-                last = f"  (at {describe(metrics[-1])})" if metrics else ""
+                last = f"  (at {describe(session.metrics[-1])})" if session.metrics else ""
                 bar.set_postfix_str(f"loss {loss.item():.3f}{last}")
-    return summarise(session)
+    with parallel.together():
+        return summarise(session) if parallel.rank() == 0 else {}
+
+
+def keep(session, checkpoint):
+    """Evaluates, if it is time to, and saves what there is so far, but no weights that are no numbers."""
+    config, done = session.config, session.step
+    if not all(parameter.isfinite().all() for parameter in session.model.parameters()):
+        raise FloatingPointError(f"the weights are no numbers after step {done}: try a lower --lr than {config.lr}")
+    if evaluation_is_due(config, done):
+        figures = evaluate(session.model, session.data, config.seed, n=256 if done < config.steps else 1024)
+        session.metrics.append({"step": done, "tokens": done * config.batch_size * config.block_size, **figures})
+        write_metrics(session.folder, session.metrics)
+        tqdm.write(describe(session.metrics[-1]))
+    if checkpoint:
+        save(session)
 
 
 def save(session):
     """The checkpoint is train_state.pt alone, so it can't be half old and half new; model.pt is there to be read."""
     weights = session.model.state_dict()
     state = {"step": session.step, "seconds": session.seconds, "model": weights}
-    write_tensors(session.folder / "train_state.pt", {**state, "optimizer": session.optimizer.state_dict()})
-    write_tensors(session.folder / "model.pt", weights)
+    write_tensors(session.folder / "model.pt", weights)  # first: a kill in between is made up for by resuming
+    write_tensors(session.folder / "train_state.pt", {**state, "optimizer": session.optimizer.state_dict()["state"]})
 
 
 def describe(line):
     """A line of metrics for people."""
     codes = f"live codes {1 - line['dead_code_fraction']:.0%}" if "dead_code_fraction" in line else "dense"
-    name = next(name for name in ("transition_accuracy", "accuracy") if name in line)
+    name = "transition_accuracy" if "transition_accuracy" in line else "accuracy"
     return f"step {line['step']:5}  loss {line['loss']:.4f}  {name.replace('_', ' ')} {line[name]:.3f}  {codes}"
 
 
@@ -248,19 +307,23 @@ def command(argv, name, about, kind, presets, out, report):
     either.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     add_flags(parser, kind)
     add_flags(parser, TrainConfig, presets["default"])
-    args = parser.parse_args(argv)
     with parser.user_errors():
+        parallel.join()
+        args = parser.parse_args(argv)
         data = kind(**given(args, kind))
         settings = {**presets["default"], **presets[args.preset], **given(args, TrainConfig)}
         config = TrainConfig(**settings, vocab_size=data.vocab_size)
         session = open_session(config, data, args.out, args.resume, args.overwrite)
-    print(f"{data}; codebooks at {', '.join(config.sites()) or 'no site'}")
+    first = parallel.rank() == 0
+    if first:
+        print(f"{data}; codebooks at {', '.join(config.sites()) or 'no site'}")
     try:
         summary = train(session)
-    except FloatingPointError as error:
+    except (FloatingPointError, OSError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
-    if summary is None:
+    parallel.leave()
+    if first and summary is None:
         print("\nstopped; the same command, with --resume and not --overwrite, continues it", file=sys.stderr)
-        return 130
-    print(report(load_run(args.out)))
-    return 0
+    elif first:
+        print(report(load_run(args.out)))
+    return 130 if summary is None else 0

@@ -1,0 +1,98 @@
+"""Several processes: torchrun starts the same program once for each, and they train as one.
+
+Every rank draws the whole batch and works on its rows of it; DistributedDataParallel averages the gradients; what
+the codebooks count is added up. So a run is the same, to rounding, on any number of processes, and its codes are
+the same on all of them. Rank 0 alone evaluates, prints and writes. In a single process nothing here does anything.
+"""
+
+import os
+import warnings
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+
+def join():
+    """Joins the processes that torchrun started, if it did: gloo for tensors on CPUs, nccl for those on GPUs."""
+    if "RANK" in os.environ:
+        dist.init_process_group()
+
+
+def leave():
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def ranks():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if ranks() > 1 else 0
+
+
+def wrap(model, unused):
+    """The model, with gradients that are averaged over all ranks; `unused`: some parameters have none."""
+    if ranks() == 1:
+        return model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.13 renames broadcast_buffers
+        return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=unused)
+
+
+def keep_gradients(forward, wanted):
+    """Within the block a wrapped model's gradients add up on each rank, and are not averaged yet."""
+    return forward.no_sync() if wanted and ranks() > 1 else nullcontext()
+
+
+def my_rows(batch):
+    """This rank's rows of a tensor that all ranks have."""
+    return batch.chunk(ranks())[rank()]
+
+
+def all_rows(rows):
+    """The tensor whose rows the ranks have: the opposite of `my_rows`."""
+    if ranks() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(ranks())]
+    dist.all_gather(parts, rows)
+    return torch.cat(parts)
+
+
+def add_up(*tensors):
+    """Adds tensors up over the ranks, in place."""
+    for tensor in tensors if ranks() > 1 else ():
+        dist.all_reduce(tensor)
+
+
+def take_from_first(module):
+    """Gives every rank the parameters and buffers of rank 0: on GPUs the same sums differ in the last bits."""
+    for tensor in module.state_dict().values() if ranks() > 1 else ():
+        dist.broadcast(tensor, src=0)
+
+
+def agree(loss, stop):
+    """The mean loss, and whether any rank is to stop, so that all end at the same step."""
+    if ranks() == 1:
+        return loss, stop
+    both = torch.stack((loss / ranks(), torch.full_like(loss, stop)))
+    add_up(both)
+    return both[0], both[1].item() > 0
+
+
+@contextmanager
+def together():
+    """What goes wrong in the block on any rank goes wrong on all of them; none is left waiting for another."""
+    error = None
+    try:
+        yield
+    except (ValueError, OSError, ArithmeticError) as raised:
+        error = raised
+    if ranks() > 1:
+        errors = [None] * ranks()
+        dist.all_gather_object(errors, error)
+        error = next(filter(None, errors), None)
+    if error:
+        raise error
