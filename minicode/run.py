@@ -17,10 +17,11 @@ import torch
 
 from minicode.fsm import FSM
 from minicode.model import GPT, GPTConfig, option
+from minicode.text import Text
 
 VERSION = 1  # of the files in a run's folder
-KINDS = (FSM,)  # of data that a run may be about; each has a file of its own
-FILES = ("config.json", *(kind.file for kind in KINDS), "model.pt", "train_state.pt", "metrics.jsonl", "summary.json")
+KINDS = (FSM, Text)  # of data that a run may be about; each has a file of its own
+FILES = ("config.json", *(kind.file for kind in KINDS), Text.tokens_file, "model.pt", "train_state.pt", "metrics.jsonl", "summary.json")
 
 
 @dataclass
@@ -56,6 +57,8 @@ def add_flags(parser, cls, preset={}):
             flag, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (default: {default})".replace("%", "%%")
             if f.type is bool:
                 parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
+            elif "nargs" in f.metadata:
+                parser.add_argument(flag, nargs=f.metadata["nargs"], default=argparse.SUPPRESS, help=text, metavar="FILE")
             else:
                 kind = number if f.type == float | None else f.type
                 parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text, metavar=kind.__name__)
@@ -133,7 +136,10 @@ def config_from_json(data):
 
 
 def open_run(folder, config, data, resume=False, overwrite=False):
-    """Makes the folder of a new run, or checks that it holds this one; an existing run is never lost by accident."""
+    """Makes the folder of a new run, or checks that it holds this one; an existing run is never lost by accident.
+
+    Either way `data` then has in the folder all that it needs.
+    """
     exists = (folder / "config.json").exists()
     if resume:
         if not exists:
@@ -143,7 +149,7 @@ def open_run(folder, config, data, resume=False, overwrite=False):
         differ = [name for name, value in asdict(config).items() if value != getattr(saved, name) and name not in free]
         if differ or read_data(folder) != data:
             raise ValueError(f"the run in {folder} has other settings than these: {', '.join(differ) or 'its data'}")
-        return
+        return data.settle(folder)
     if exists and not overwrite:
         raise ValueError(f"{folder} holds a run already: --resume continues it, --overwrite replaces it")
     if folder.exists() and not exists and any(path.suffix != ".tmp" for path in folder.iterdir()):
@@ -152,13 +158,16 @@ def open_run(folder, config, data, resume=False, overwrite=False):
     for name in FILES[1:]:  # config.json stays: by it a folder is known as a run, however often it is killed here
         (folder / name).unlink(missing_ok=True)
     write(folder / "config.json", json.dumps({"version": VERSION, **asdict(config)}, indent=1))
+    data.settle(folder)
     write(folder / data.file, json.dumps(data.to_json()))
 
 
 def read_data(folder):
-    """What the run in a folder is about: its machine."""
+    """What the run in a folder is about: its machine, or its text."""
     kind = next((kind for kind in KINDS if (folder / kind.file).exists()), KINDS[0])
-    return read_json(folder / kind.file, kind.from_json)
+    data = read_json(folder / kind.file, kind.from_json)
+    data.settle(folder)
+    return data
 
 
 @dataclass
@@ -168,13 +177,18 @@ class Run:
     folder: Path
     config: TrainConfig
     model: GPT
-    data: FSM
+    data: FSM | Text
     summary: dict  # the final figures; empty while the run is unfinished
 
     @property
     def fsm(self):
         """The machine of a run on TokFSM."""
         return self.data
+
+    @property
+    def tokenizer(self):
+        """The tokenizer of a run on text."""
+        return self.data.tokenizer
 
 
 def load_run(folder, device="cpu"):

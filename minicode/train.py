@@ -26,6 +26,7 @@ from minicode.model import GPT, evaluating
 from minicode.run import (
     Parser, TrainConfig, add_flags, given, load_run, open_run, read_metrics, read_tensors, write, write_metrics, write_tensors,
 )  # fmt: skip
+from minicode.text import Text
 
 
 def pick_device(name):
@@ -114,7 +115,7 @@ def evaluate(model, data, seed, n):
         for name, ids in codes.items():
             ids = ids.movedim(2, 0).flatten(1)  # (G, B * T * k)
             counts[name].scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.float32))
-    result = {"loss": loss, "accuracy": accuracy, **data.measures(model, seed)}
+    result = {"loss": loss, "accuracy": accuracy, **data.measures(model, seed, tokens, loss)}
     if counts:
         dead = {name: (count == 0).float() for name, count in counts.items()}
         result["dead_code_fraction"] = torch.cat([d.flatten() for d in dead.values()]).mean().item()
@@ -142,7 +143,7 @@ class Session:
     """A training under way: what the loop works on, and where it stands."""
 
     config: TrainConfig
-    data: FSM  # or whatever else has its sequences, held_out, measures and references
+    data: FSM | Text
     folder: Path
     model: GPT
     optimizer: torch.optim.Optimizer
@@ -153,8 +154,9 @@ class Session:
 
 def open_session(config, data, folder, resume=False, overwrite=False):
     """Everything that can fail by a user's mistake, before the first step: ValueError, and no file is touched."""
-    if config.block_size < data.least_block:
-        raise ValueError(f"block_size ({config.block_size}) must be at least {data.least_block} here")
+    if not data.least_block <= config.block_size <= data.most_block:
+        valid = f"least {data.least_block}" if config.block_size < data.least_block else f"most {data.most_block}"
+        raise ValueError(f"block_size ({config.block_size}) must be at {valid} here")
     extension.load()  # what it has to say, or to build, comes before the first step
     torch.manual_seed(config.seed)
     model = GPT(config).to(pick_device(config.device))
