@@ -200,6 +200,8 @@ def load_run(folder, device="cpu"):
         raise ValueError(f"the run in {folder} has no checkpoint yet: its command with --resume goes on with it")
     config = read_json(folder / "config.json", config_from_json)
     data = read_data(folder)
+    if data.vocab_size != config.vocab_size:
+        raise ValueError(f"{folder / data.file} is damaged: its vocabulary has {data.vocab_size} tokens, not {config.vocab_size}")
     model = GPT(config).to(device)
     state = read_tensors(folder / "model.pt", device)
     try:

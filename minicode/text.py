@@ -216,7 +216,7 @@ class Text:
                 for offset, content in split_file(path):
                     bar.update(before + offset - bar.n)
                     done, text = before + offset + len(content), decode_utf8(path, offset, content)
-                    held_out, known = done > total * (1 - 1 / HELD_OUT), hash(content)
+                    held_out, known = done > total * (1 - 1 / HELD_OUT), hash(content.strip())
                     if not held_out:
                         seen.add(known)
                     if text.strip() and not (held_out and known in seen):
