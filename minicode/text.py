@@ -9,11 +9,9 @@ does not hold. So nothing is lost: decode(encode(s)) == s. Between two documents
 import hashlib
 import math
 import os
-import random
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,13 +20,12 @@ import torch
 from tqdm import tqdm
 
 from minicode.model import option
+from minicode.stories import stories
 
 PIECES = re.compile(r" ?\w+| ?[^\w\s]|\s+")  # every character is in one of them
-SLOT = re.compile(r"\{(\w+)\}|\(([^()]*\|[^()]*)\)")  # of the grammar: {word} or (one|another)
-AN = re.compile(r"(?<=\b[Aa]) (?=[aeiou])")  # where an n is missing
 BLANK = re.compile(rb"\r?\n\r?\n")
 SEPARATOR = 256  # between documents, and before the first; below it are the bytes, above it the pieces
-PIECE = 1 << 20  # bytes of a file that are read at a time
+CHUNK = 1 << 20  # bytes of a file that are read at a time
 LONGEST = 1 << 12  # bytes of a document; what is longer is cut at the end of a line or of a word
 HELD_OUT = 10  # one in so many: stories with a number that it divides, or the last part of the user's text
 
@@ -67,80 +64,58 @@ def to_bytes(text):
     return text.encode("utf-8", "surrogatepass")
 
 
-class Stories:
-    """The grammar in stories.txt: an endless list of stories, each known by its number."""
-
-    def __init__(self, path=Path(__file__).with_name("stories.txt")):
-        text = re.sub(r"^#.*\n", "", path.read_text(), flags=re.M)
-        sections = dict(re.findall(r"^\[(.*)\]\n([^\[]*)", text, flags=re.M))
-        paragraphs = {name: [part.split("\n") for part in re.split(r"\n\n+", body.strip())] for name, body in sections.items()}
-        self.words = _words(paragraphs["words"][0])
-        self.openings, self.about, self.shared = (paragraphs[name][0] for name in ("opening", "about", "shared"))
-        self.people = [(name, kind.split()) for kind, names in map(_halves, paragraphs["characters"][0]) for name in names.split()]
-        self.moods = [value for name, value in paragraphs.items() if name.startswith("mood ")]
-        self.topics, self.mention = {}, {}
-        for name in paragraphs:
-            if name.startswith("topic "):
-                topic, pattern = _halves(name.removeprefix("topic "))
-                self.topics[topic] = (_words(paragraphs[name][0]), *paragraphs[name][1:])
-                self.mention[topic] = re.compile(rf"\b({pattern})\b", re.I)  # what it is to mention the topic
-
-    def story(self, number):
-        """Story `number` as a list of (sentence, topic); the topic is None until it has come in.
-
-        One story in eight has two topics: the second comes in after the first, and the topic is then the second.
-        """
-        rng = random.Random(number)
-        words = dict(self.words)
-        for end, (name, kind) in zip(("", "2"), rng.sample(self.people, 2)):
-            words.update(zip([word + end for word in ("name", "kid", "he", "him", "his")], [[word] for word in (name, *kind)]))
-        topics = rng.sample(list(self.topics), 2 if rng.random() < 1 / 8 else 1)
-        mood, mood_end = rng.choice(self.moods)
-        plan = [(line, None) for line in (rng.choice(self.openings), *rng.sample(self.about, rng.choice((0, 1, 1, 2))))]
-        others = iter(rng.sample(self.shared, 4) + rng.sample(mood, 4))
-        for topic in topics:
-            _, begin, middle, end = self.topics[topic]
-            lines = rng.sample(middle, rng.randint(3, 5)) + [next(others) for _ in range(rng.randint(1, 3))]
-            plan += [(line, topic) for line in (rng.choice(begin), *rng.sample(lines, len(lines)))]
-        plan.append((rng.choice(rng.choice((end, mood_end))), topic))
-        story, before = [], None
-        for line, topic in plan:
-            if topic != before:
-                words.update(self.topics[topic][0])
-            story.append((AN.sub("n ", self._fill(line, words, rng)), before := topic))
-        return story
-
-    def _fill(self, line, words, rng):
-        """A pattern with its slots filled; what is drawn for a word stays, in `words`."""
-
-        def draw(match):
-            slot, choices = match.groups()
-            if not slot:
-                return self._fill(rng.choice(choices.split("|")), words, rng)
-            name = slot.lower()
-            if len(words[name]) > 1 or "{" in words[name][0]:
-                words[name] = [self._fill(rng.choice(words[name]), words, rng)]
-            value = words[name][0]
-            return value if slot == name else value[0].upper() + value[1:]
-
-        return SLOT.sub(draw, line)
+def list_files(paths):
+    """The files that are named, and those in the folders that are, hidden ones left out."""
+    files = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise ValueError(f"there is no file or folder {path}")
+        inside = [p for p in path.rglob("*") if p.is_file() and "/." not in f"/{p.relative_to(path).as_posix()}"]
+        files += sorted(inside) if path.is_dir() else [path]
+    if not any(path.stat().st_size for path in files):
+        raise ValueError(f"{' '.join(map(str, paths))}: there is no text, not a byte")
+    return files
 
 
-def _halves(line):
-    """The two sides of a colon."""
-    left, right = line.split(":", 1)
-    return left.strip(), right.strip()
+def split_file(path):
+    """(offset, bytes) of each document of a file: what stands between blank lines, or, where that is too long, a part.
+
+    The file is read CHUNK bytes at a time. A part ends before a line's end, before a space, or between two characters.
+    """
+    buffer, start, offset, more = b"", 0, 0, True
+    with open(path, "rb") as file:
+        while more:
+            new = file.read(CHUNK)
+            buffer, offset, start, more = buffer[start:] + new, offset + start, 0, bool(new)
+            while start < len(buffer) - (LONGEST + 4 if more else 0):  # so that where it is cut does not depend on CHUNK
+                match = BLANK.search(buffer, start, start + LONGEST + 4)
+                end, after = match.span() if match else [cut(buffer, start)] * 2
+                yield offset + start, buffer[start:end]
+                start = after
 
 
-def _words(lines):
-    """Lines such as "color: red | blue" as a dict of lists."""
-    return {name: re.split(r" *\| *", words) for name, words in map(_halves, lines)}
+def cut(buffer, start):
+    """Where to cut a document that starts there and has no blank line in reach."""
+    limit = start + LONGEST
+    if len(buffer) <= limit:
+        return len(buffer)
+    for mark in (b"\n", b" "):
+        if (end := buffer.rfind(mark, start + 1, limit)) > 0:
+            return end
+    while limit > start + 1 and buffer[limit] & 0xC0 == 0x80:  # in the midst of a character
+        limit -= 1
+    return limit
 
 
-@cache
-def stories():
-    """The stories, read once."""
-    return Stories()
+def decode_utf8(path, offset, content):
+    """The text of bytes that stand at an offset in a file; a ValueError where they are none."""
+    if b"\0" in content:
+        raise ValueError(f"{path} is no text: there is a zero byte at offset {offset + content.index(0)}")
+    try:
+        return content.decode().removeprefix("" if offset else "\ufeff")
+    except UnicodeDecodeError as error:
+        at = error.start
+        raise ValueError(f"{path} is not UTF-8: byte {content[at]:#04x} at offset {offset + at} ({error.reason})") from None
 
 
 @dataclass(eq=False)
@@ -162,7 +137,7 @@ class Text:
     def __post_init__(self):
         if self.vocab <= SEPARATOR:
             raise ValueError(f"vocab must be at least {SEPARATOR + 1}, not {self.vocab}")
-        self.data = self.data and [str(path) for path in self.data]
+        self.data = [str(path) for path in self.data] if self.data else None
         if self.pieces is None:
             self._count()
         self.tokenizer = Tokenizer(self.pieces)
@@ -300,57 +275,3 @@ class Text:
     @classmethod
     def from_json(cls, data):
         return cls(**data)
-
-
-def list_files(paths):
-    """The files that are named, and those in the folders that are, hidden ones left out."""
-    files = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise ValueError(f"there is no file or folder {path}")
-        inside = sorted(p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts))
-        files += inside if path.is_dir() else [path]
-    if not any(path.stat().st_size for path in files):
-        raise ValueError(f"{' '.join(map(str, paths))}: there is no text, not a byte")
-    return files
-
-
-def split_file(path):
-    """(offset, bytes) of each document of a file: what stands between blank lines, or, where that is too long, a part.
-
-    The file is read PIECE bytes at a time. A part ends before a line's end, before a space, or between two characters.
-    """
-    buffer, start, offset, more = b"", 0, 0, True
-    with open(path, "rb") as file:
-        while more:
-            new = file.read(PIECE)
-            buffer, offset, start, more = buffer[start:] + new, offset + start, 0, bool(new)
-            while start < len(buffer) - (LONGEST + 4 if more else 0):  # so that where it is cut does not depend on PIECE
-                match = BLANK.search(buffer, start, start + LONGEST + 4)
-                end, after = match.span() if match else [cut(buffer, start)] * 2
-                yield offset + start, buffer[start:end]
-                start = after
-
-
-def cut(buffer, start):
-    """Where to cut a document that starts there and has no blank line in reach."""
-    limit = start + LONGEST
-    if len(buffer) <= limit:
-        return len(buffer)
-    for mark in (b"\n", b" "):
-        if (end := buffer.rfind(mark, start + 1, limit)) > 0:
-            return end
-    while limit > start + 1 and buffer[limit] & 0xC0 == 0x80:  # in the midst of a character
-        limit -= 1
-    return limit
-
-
-def decode_utf8(path, offset, content):
-    """The text of bytes that stand at an offset in a file; a ValueError where they are none."""
-    if b"\0" in content:
-        raise ValueError(f"{path} is no text: there is a zero byte at offset {offset + content.index(0)}")
-    try:
-        return content.decode("utf-8-sig" if offset == 0 else "utf-8")
-    except UnicodeDecodeError as error:
-        at = error.start
-        raise ValueError(f"{path} is not UTF-8: byte {content[at]:#04x} at offset {offset + at} ({error.reason})") from None

@@ -13,7 +13,8 @@ from test_train import refusal, same
 from minicode import load_run, text
 from minicode import train as training
 from minicode.sample import main as sample
-from minicode.text import SEPARATOR, Stories, Text, Tokenizer, split_file, stories
+from minicode.stories import Stories, stories
+from minicode.text import SEPARATOR, Text, Tokenizer, split_file
 from minicode.train_text import main as train_text
 
 TINY = (
@@ -188,7 +189,7 @@ def test_tokens_do_not_depend_on_how_much_is_read_at_a_time(own_file, tmp_path, 
     assert max(len(document) for _, document in documents) <= 304
     assert all(document.decode() and odd.encode()[start:].startswith(document) for start, document in documents if document)
     for size in (1, 7, 1000):
-        monkeypatch.setattr(text, "PIECE", size)
+        monkeypatch.setattr(text, "CHUNK", size)
         assert list(split_file(tmp_path / "odd.txt")) == documents
     assert tokens_of(tmp_path / "b", own_file, tmp_path / "odd.txt") == whole
 
