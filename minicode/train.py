@@ -243,7 +243,7 @@ def command(argv, name, about, kind, presets, out, report):
     """A training command, from its flags to its exit status; `report` tells people about the run at its end."""
     parser = Parser(prog=f"python -m minicode.{name}", description=about, allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path(out), help=f"folder of the run (default: {out})")
-    parser.add_argument("--preset", choices=presets, default="default", help="paper: its method and size (default: ours)")
+    parser.add_argument("--preset", choices=presets, default="default", help="settings to start from (default: ours); paper: its method and size")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="continue the run in --out")
     either.add_argument("--overwrite", action="store_true", help="replace the run in --out")
