@@ -126,7 +126,10 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def start(self, inputs, rounds=10, generator=None):
-        """Sets the codes by k-means on recorded inputs (N, groups * dim); for k > 1, to a k-th of the clusters' means."""
+        """Sets the codes by k-means on recorded inputs (N, groups * dim).
+
+        For k > 1 they are a k-th of the clusters' means, and then refined, since sums of means are blurred.
+        """
         a = inputs.float().view(-1, self.groups, self.dim).transpose(0, 1).contiguous()  # (G, N, d)
         if a.shape[1] < self.n_codes:
             raise ValueError(f"{self.n_codes} codes need as many inputs to start from, not {a.shape[1]}")
@@ -137,8 +140,23 @@ class Codebook(nn.Module):
         if self.decay is not None:
             self.share.copy_(self._assign(a)[0].squeeze(-1) / a.shape[1])
         self.codes /= self.k
+        for _ in range(2 * rounds if self.k > 1 else 0):
+            self._refine(a.transpose(0, 1))
         self.usage.zero_()
         parallel.take_from_first(self)
+
+    def _refine(self, a):
+        """Moves each code by a k-th of what the sums that it is part of lack on average of a (N, G, d).
+
+        All k codes of a sum move, so a k-th is as far as they can go without making the sums worse.
+        """
+        ids = self.search(a)  # (N, G, k)
+        lack = (a - self.sum_codes(ids)).flatten(0, 1)  # (N * G, d)
+        count, total = torch.zeros_like(self.usage).view(-1), torch.zeros_like(self.codes).view(-1, self.dim)
+        for rows in self._flat(ids).flatten(0, 1).T:  # k of (N * G)
+            count.index_add_(0, rows, torch.ones_like(rows, dtype=count.dtype))
+            total.index_add_(0, rows, lack)
+        self.codes += (total / count.clamp_min(1).unsqueeze(-1) / self.k).view_as(self.codes)
 
     def _assign(self, a):
         """How many of a (G, N, d) are nearest to each code, and their sum: (G, C, 1), (G, C, d)."""

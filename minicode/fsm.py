@@ -6,6 +6,7 @@ tokens 3 8, so the network never sees a state, only digits. A sequence is BOS, t
     BOS 3 8 0 7 9 1 ...     the states 38 -> 07 -> 91, the tokens [10, 3, 8, 0, 7, 9, 1, ...]
 """
 
+import math
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,11 +21,14 @@ from minicode.model import choose, evaluating, option
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
-@dataclass
+@dataclass(eq=False)
 class FSM:
     """A machine made from its numbers. `successors` is (N, n_edges); `transition_matrix` (N, N) float64, rows sum to 1."""
 
     file: ClassVar = "fsm.json"  # its name in a run's folder
+    most_block: ClassVar = math.inf  # tokens in a block, for there is no end to the data
+    sample_length: ClassVar = 24  # tokens of a sample
+    between: ClassVar = "\n"  # samples
     n_states: int = option(100, "states of the machine")
     n_edges: int = option(10, "successors of a state, all equally probable")
     base: int = option(10, "base in which a state is written, 2 to 36")
@@ -204,7 +208,7 @@ class FSM:
         best = np.argsort(-self.next_state_probabilities(model), axis=1, kind="stable")[:, : self.n_edges]
         return float((np.take_along_axis(self.transition_matrix, best, axis=1) > 0).mean())
 
-    def measures(self, model, seed):
+    def measures(self, model, seed, tokens, loss):
         """What only the machine's ground truth can tell of a model; the training loop adds the rest."""
         generator = torch.Generator(model.device).manual_seed(seed)
         return {
@@ -272,6 +276,12 @@ class FSM:
         return np.nonzero(~np.eye(self.n_states, dtype=bool))
 
     # -- files
+
+    def __eq__(self, other):
+        return isinstance(other, FSM) and self.to_json() == other.to_json()
+
+    def settle(self, folder, make=False):
+        """What a run needs beyond to_json: nothing."""
 
     def to_json(self):
         return {**asdict(self), "successors": self.successors.tolist()}

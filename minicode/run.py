@@ -20,13 +20,14 @@ import torch
 from minicode import parallel
 from minicode.fsm import FSM
 from minicode.model import GPT, GPTConfig, option
+from minicode.text import Text
 
 VERSION = 2  # of the files in a run's folder
-KINDS = (FSM,)  # of data that a run may be about; each has a file of its own
+KINDS = (FSM, Text)  # of data that a run may be about; each has a file of its own
+MADE_LATER = ("interpret.json", "report.html", "codes.npy", "tokens.npy", "steering.json")  # by minicode.interpret
 FILES = (
-    "config.json", *(kind.file for kind in KINDS), "model.pt", "train_state.pt", "metrics.jsonl", "summary.json",
-    "dense.pt",  # the model just before its codebooks came in
-    "interpret.json", "report.html", "codes.npy", "tokens.npy",  # of minicode.interpret
+    "config.json", *(kind.file for kind in KINDS), Text.tokens_file, "model.pt", "train_state.pt", "metrics.jsonl", "summary.json",
+    "dense.pt", *MADE_LATER,  # dense.pt: the model just before its codebooks came in
 )  # fmt: skip
 
 
@@ -64,6 +65,8 @@ def add_flags(parser, cls, preset={}):
             flag, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (default: {default})".replace("%", "%%")
             if f.type is bool:
                 parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
+            elif "nargs" in f.metadata:
+                parser.add_argument(flag, nargs=f.metadata["nargs"], default=argparse.SUPPRESS, help=text, metavar="FILE")
             else:
                 kind = number if f.type == float | None else f.type
                 parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text, metavar=kind.__name__)
@@ -191,7 +194,7 @@ def check_run(folder, config, data, resume=False, overwrite=False):
         free = ("device", "compile", "accumulate")
         differ = [name for name, value in asdict(config).items() if value != getattr(saved, name) and name not in free]
         begun = (folder / data.file).is_file()  # else it was killed before
-        if begun and read_data(folder).to_json() != data.to_json():
+        if begun and read_data(folder) != data:
             differ.append("its data")
         if differ:
             raise ValueError(f"the run in {folder} has other settings than these: {', '.join(differ)}")
@@ -208,14 +211,17 @@ def make_run(folder, config, data, resume=False):
         for name in FILES[1:]:  # config.json stays: by it a folder is known as a run, however often it is killed here
             (folder / name).unlink(missing_ok=True)
         write(folder / "config.json", json.dumps({"version": VERSION, **asdict(config)}, indent=1))
+    data.settle(folder, make=True)
     if not (folder / data.file).exists():
         write(folder / data.file, json.dumps(data.to_json()))
 
 
 def read_data(folder):
-    """What the run in a folder is about: its machine."""
+    """What the run in a folder is about: its machine, or its text."""
     kind = next((kind for kind in KINDS if (folder / kind.file).exists()), KINDS[0])
-    return read_json(folder / kind.file, kind.from_json)
+    data = read_json(folder / kind.file, kind.from_json)
+    data.settle(folder)
+    return data
 
 
 @dataclass
@@ -225,7 +231,7 @@ class Run:
     folder: Path
     config: TrainConfig
     model: GPT
-    data: FSM
+    data: FSM | Text
     summary: dict  # the final figures; empty while the run is unfinished
 
     @functools.cached_property
@@ -238,6 +244,11 @@ class Run:
     def fsm(self):
         """The machine of a run on TokFSM."""
         return self.data
+
+    @property
+    def tokenizer(self):
+        """The tokenizer of a run on text."""
+        return self.data.tokenizer
 
 
 def load_model(config, path, device):

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from minicode.control import GENERATED, Code, block, chosen, force, random_codes
+from minicode.fsm import FSM
 from minicode.run import Parser, latest_run, load_run
 
 
@@ -24,9 +25,9 @@ def main(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--run", type=Path, help="folder of the run (default: the newest in runs/)")
-    parser.add_argument("--prompt", help="states to start from, as digits: 38, or 38 07 (default: none; the demonstration: any)")
+    parser.add_argument("--prompt", help="states to start from, as digits: 38, or 38 07; or a text (default: none; the demonstration: any)")
     parser.add_argument("--num-samples", type=int, default=5, help="(default: 5)")
-    parser.add_argument("--max-new-tokens", type=int, help="tokens to sample (default: 24, or what the block has room for; the demonstration: 6 states)")
+    parser.add_argument("--max-new-tokens", type=int, help="tokens to sample (default: 24 digits, 100 tokens of text, or what the block has room for; the demonstration: 6 states)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most probable token (default: 1)")
     parser.add_argument("--top-k", type=int, help="sample from the k most probable tokens only (default: from all)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
@@ -43,7 +44,7 @@ def main(argv=None):
             if (value := getattr(args, name)) is not None and not value >= least:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
         result = demonstrate(run, args) if demonstration else sample(run, args)
-    text = describe(run.fsm, result) if demonstration else "\n".join(result["samples"])
+    text = describe(run.fsm, result) if demonstration else run.data.between.join(result["samples"])
     print(json.dumps(result) if args.json else text)
 
 
@@ -58,8 +59,8 @@ def new_tokens(run, prompt, wanted, default):
 
 def sample(run, args):
     """Samples, with codes forced and blocked."""
-    prompt = run.fsm.prompt(args.prompt or "")
-    n_new = new_tokens(run, prompt, args.max_new_tokens, 24)
+    prompt = run.data.prompt(args.prompt or "")
+    n_new = new_tokens(run, prompt, args.max_new_tokens, run.data.sample_length)
     for text in args.force_code + args.block_code:
         position = Code.parse(text, run.model).position
         if position is not None and position >= prompt.shape[1] + n_new - 1:
@@ -67,12 +68,14 @@ def sample(run, args):
     with force(run.model, args.force_code, GENERATED), block(run.model, args.block_code, GENERATED):
         generator, many = torch.Generator().manual_seed(args.seed), prompt.repeat(args.num_samples, 1)
         tokens = run.model.generate(many, n_new, args.temperature, args.top_k, generator)
-    samples = [run.fsm.show(row) for row in tokens.numpy()]
+    samples = [run.data.show(row) for row in tokens.numpy()]
     return {"prompt": args.prompt or "", "samples": samples, "forced": args.force_code, "blocked": args.block_code}
 
 
 def demonstrate(run, args):
     """Forces the codes of a state b in a run that is in a state a: what comes next follows b."""
+    if not isinstance(run.data, FSM):
+        raise ValueError("a bare --force-code is the demonstration on TokFSM; on text, name the code: --force-code head.0.1.12")
     fsm, model, rng = run.fsm, run.model, np.random.default_rng(args.seed)
     sites = [site for site, codebook in model.codebooks().items() if codebook.enabled]
     if not sites:

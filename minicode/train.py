@@ -28,6 +28,7 @@ from minicode.run import (
     Parser, TrainConfig, add_flags, check_run, check_tensors, given, load_run, make_run, one_line, read_metrics, read_tensors,
     write, write_metrics, write_tensors,
 )  # fmt: skip
+from minicode.text import Text
 
 
 def pick_device(name):
@@ -130,7 +131,7 @@ def evaluate(model, data, seed, n):
         for name, ids in codes.items():
             ids = ids.movedim(2, 0).flatten(1)  # (G, B * T * k)
             counts[name].scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.float32))
-    result = {"loss": loss, "accuracy": accuracy, **data.measures(model, seed)}
+    result = {"loss": loss, "accuracy": accuracy, **data.measures(model, seed, tokens, loss)}
     if counts:
         dead = {name: (count == 0).float() for name, count in counts.items()}
         result["dead_code_fraction"] = torch.cat([d.flatten() for d in dead.values()]).mean().item()
@@ -158,7 +159,7 @@ class Session:
     """A training under way: what the loop works on, and where it stands."""
 
     config: TrainConfig
-    data: FSM  # or whatever else has its sequences, held_out, measures and references
+    data: FSM | Text
     folder: Path
     model: GPT
     optimizer: torch.optim.Optimizer
@@ -169,8 +170,9 @@ class Session:
 
 def open_session(config, data, folder, resume=False, overwrite=False):
     """Everything that can fail by a user's mistake, before the first step: ValueError, and no file is touched."""
-    if config.block_size < data.least_block:
-        raise ValueError(f"block_size ({config.block_size}) must be at least {data.least_block} here")
+    if not data.least_block <= config.block_size <= data.most_block:
+        valid = f"least {data.least_block}" if config.block_size < data.least_block else f"most {data.most_block}"
+        raise ValueError(f"block_size ({config.block_size}) must be at {valid} here")
     if config.batch_size % (n_parts := parallel.ranks() * config.accumulate):
         raise ValueError(f"batch_size ({config.batch_size}) must be a multiple of {n_parts} (processes x accumulate)")
     with parallel.together():
@@ -190,6 +192,7 @@ def open_session(config, data, folder, resume=False, overwrite=False):
     with parallel.together():
         if parallel.rank() == 0:
             make_run(folder, config, data, resume)
+    data.settle(folder)
     return session
 
 
@@ -301,7 +304,7 @@ def command(argv, name, about, kind, presets, out, report):
     """A training command, from its flags to its exit status; `report` tells people about the run at its end."""
     parser = Parser(prog=f"python -m minicode.{name}", description=about, allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path(out), help=f"folder of the run (default: {out})")
-    parser.add_argument("--preset", choices=presets, default="default", help="paper: its method and size (default: ours)")
+    parser.add_argument("--preset", choices=presets, default="default", help="settings to start from (default: ours); paper: its method and size")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="continue the run in --out")
     either.add_argument("--overwrite", action="store_true", help="replace the run in --out")

@@ -109,6 +109,23 @@ def test_start_with_k_codes_a_choice_sums_to_the_data():
     assert (book.eval()(x) - x).square().mean() < 1
 
 
+@torch.no_grad()
+def test_each_refinement_of_the_start_brings_sums_closer_to_the_data():
+    torch.manual_seed(0)
+    x = torch.randn(2000, 2, 8)
+    book = Codebook(30, 8, k=4, groups=2, similarity="distance").eval()
+    book.start(x.flatten(1), rounds=0)
+    error = []
+    for _ in range(10):
+        ids = book.search(x)
+        lack = x - book.sum_codes(ids)
+        error.append(lack.square().mean().item())
+        wanted = book.codes[1, 7] + lack[:, 1][(ids[:, 1] == 7).any(-1)].mean(0) / 4
+        book._refine(x)
+        torch.testing.assert_close(book.codes[1, 7], wanted)
+    assert error == sorted(error, reverse=True) and error[-1] < 0.9 * error[0]
+
+
 def test_dead_codes_are_revived_with_their_moments():
     torch.manual_seed(0)
     book = Codebook(8, 2, groups=2, similarity="distance")

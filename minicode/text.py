@@ -1,0 +1,284 @@
+"""Language: little stories made on the spot, whose topics are known, or the user's own text; and the tokenizer.
+
+A token is a piece of text, most often a word with the space before it, or one byte of a piece that the vocabulary
+does not hold. So nothing is lost: decode(encode(s)) == s. Between two documents stands a token of its own:
+
+    SEPARATOR Once _upon _a _time , ... SEPARATOR There _was _once ...      (_ is a space)
+"""
+
+import hashlib
+import math
+import os
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from minicode.model import option
+from minicode.stories import stories
+
+PIECES = re.compile(r" ?\w+| ?[^\w\s]|\s+")  # every character is in one of them
+BLANK = re.compile(rb"\r?\n\r?\n")
+SEPARATOR = 256  # between documents, and before the first; below it are the bytes, above it the pieces
+CHUNK = 1 << 20  # bytes of a file that are read at a time
+LONGEST = 1 << 12  # bytes of a document; what is longer is cut at the end of a line or of a word
+HELD_OUT = 10  # one in so many: stories with a number that it divides, or the last part of the user's text
+
+
+class Tokenizer:
+    """Tokens of a text, and back. `pieces`: the vocabulary beyond the bytes and the separator, a list of strings."""
+
+    def __init__(self, pieces):
+        self.pieces = list(pieces)
+        self.ids = {piece: i for i, piece in enumerate(self.pieces, SEPARATOR + 1)}
+        self.vocab_size = SEPARATOR + 1 + len(self.pieces)
+        self.bytes = [bytes([i]) for i in range(SEPARATOR)] + [b"\n\n", *map(to_bytes, self.pieces)]
+        self.sizes = np.array([len(b) for b in self.bytes])  # of each token, in bytes
+
+    def encode(self, text):
+        """The tokens of a string: a list of ints, none of them the separator."""
+        tokens = []
+        for piece in PIECES.findall(text):
+            if piece in self.ids:
+                tokens.append(self.ids[piece])
+            else:
+                tokens.extend(to_bytes(piece))
+        return tokens
+
+    def decode(self, tokens):
+        """The string of tokens; a separator is a blank line, and bytes that are no UTF-8 become question marks."""
+        content = b"".join(self.bytes[token] for token in tokens)
+        try:
+            return content.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:  # a model may put any two bytes beside each other
+            return content.decode("utf-8", "replace")
+
+
+def to_bytes(text):
+    """UTF-8; what a Python string may hold beyond it, surrogates that are alone, is kept too."""
+    return text.encode("utf-8", "surrogatepass")
+
+
+def list_files(paths):
+    """The files that are named, and those in the folders that are, hidden ones left out."""
+    files = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise ValueError(f"there is no file or folder {path}")
+        inside = [p for p in path.rglob("*") if p.is_file() and "/." not in f"/{p.relative_to(path).as_posix()}"]
+        files += sorted(inside) if path.is_dir() else [path]
+    if not any(path.stat().st_size for path in files):
+        raise ValueError(f"{' '.join(map(str, paths))}: there is no text, not a byte")
+    return files
+
+
+def split_file(path):
+    """(offset, bytes) of each document of a file: what stands between blank lines, or, where that is too long, a part.
+
+    The file is read CHUNK bytes at a time. A part ends before a line's end, before a space, or between two characters.
+    """
+    buffer, start, offset, more = b"", 0, 0, True
+    with open(path, "rb") as file:
+        while more:
+            new = file.read(CHUNK)
+            buffer, offset, start, more = buffer[start:] + new, offset + start, 0, bool(new)
+            while start < len(buffer) - (LONGEST + 4 if more else 0):  # so that where it is cut does not depend on CHUNK
+                match = BLANK.search(buffer, start, start + LONGEST + 4)
+                end, after = match.span() if match else [cut(buffer, start)] * 2
+                yield offset + start, buffer[start:end]
+                start = after
+
+
+def cut(buffer, start):
+    """Where to cut a document that starts there and has no blank line in reach."""
+    limit = start + LONGEST
+    if len(buffer) <= limit:
+        return len(buffer)
+    for mark in (b"\n", b" "):
+        if (end := buffer.rfind(mark, start + 1, limit)) > 0:
+            return end
+    while limit > start + 1 and buffer[limit] & 0xC0 == 0x80:  # in the midst of a character
+        limit -= 1
+    return limit
+
+
+def decode_utf8(path, offset, content):
+    """The text of bytes that stand at an offset in a file; a ValueError where they are none."""
+    if b"\0" in content:
+        raise ValueError(f"{path} is no text: there is a zero byte at offset {offset + content.index(0)}")
+    try:
+        return content.decode().removeprefix("" if offset else "\ufeff")
+    except UnicodeDecodeError as error:
+        at = error.start
+        raise ValueError(f"{path} is not UTF-8: byte {content[at]:#04x} at offset {offset + at} ({error.reason})") from None
+
+
+@dataclass(eq=False)
+class Text:
+    """What a model of language is trained on. With no `data` it is stories. The rest follows from the text."""
+
+    file: ClassVar = "text.json"  # its name in a run's folder, and that of the tokens of the user's own text beside it
+    tokens_file: ClassVar = "tokens.bin"
+    least_block: ClassVar = 2
+    sample_length: ClassVar = 100
+    between: ClassVar = "\n\n---\n\n"  # samples
+    data: list | None = option(None, "files or folders of UTF-8 text; without: stories, made on the spot", nargs="+")
+    vocab: int = option(2048, "tokens in the vocabulary, at most: 257, and the most frequent words")
+    pieces: list | None = option(None, "those words", flag=False)
+    fingerprint: str = option("", "hash of the text, or of the grammar of the stories", flag=False)
+    n_tokens: list | None = option(None, "tokens to train on, and held out", flag=False)
+    loss_unigram: float = option(0.0, "loss on held-out text when only each token's frequency is known", flag=False)
+
+    def __post_init__(self):
+        if self.vocab <= SEPARATOR:
+            raise ValueError(f"vocab must be at least {SEPARATOR + 1}, not {self.vocab}")
+        self.data = [str(path) for path in self.data] if self.data else None
+        if self.pieces is None:
+            self._count()
+        self.tokenizer = Tokenizer(self.pieces)
+        self.vocab_size = self.tokenizer.vocab_size
+        self.most_block = math.inf if self.data is None else min(self.n_tokens) - 1
+        self.topics = [] if self.data else list(stories().topics)
+
+    def __str__(self):
+        about = f"stories on {len(self.topics)} topics" if self.data is None else f"{sum(self.n_tokens):,} tokens of your own text"
+        return f"{about}, a vocabulary of {self.vocab_size}"
+
+    def __eq__(self, other):
+        return isinstance(other, Text) and (self.fingerprint, self.pieces) == (other.fingerprint, other.pieces)
+
+    def _count(self):
+        """Reads the text once: the vocabulary by frequency in the training part, and the figures that follow."""
+        counts, n_documents, digest = (Counter(), Counter()), [0, 0], hashlib.blake2b(digest_size=16)
+        for text, held_out in self._documents():
+            counts[held_out].update(PIECES.findall(text))
+            n_documents[held_out] += 1
+            digest.update(text.encode())
+        self.fingerprint = digest.hexdigest()
+        often = sorted((-n, piece) for piece, n in counts[0].items() if n > 1 and len(to_bytes(piece)) > 1)
+        self.pieces = [piece for _, piece in often[: self.vocab - SEPARATOR - 1]]
+        tokenizer = Tokenizer(self.pieces)
+        used = np.zeros((2, tokenizer.vocab_size))
+        for part in range(2):
+            used[part, SEPARATOR] = n_documents[part]
+            for piece, n in counts[part].items():
+                np.add.at(used[part], tokenizer.encode(piece), n)
+        self.n_tokens = [int(n) for n in used.sum(1)]
+        if min(self.n_tokens) < 2:
+            raise ValueError(f"{' '.join(self.data)}: too little text: {self.n_tokens[0]} tokens to train on, {self.n_tokens[1]} held out")
+        p = (used[0] + 1) / (used[0] + 1).sum()
+        self.loss_unigram = float(-(used[1] * np.log(p)).sum() / used[1].sum())
+
+    def _documents(self):
+        """(text, whether it is held out) of each document: the first stories, or the user's text from start to end.
+
+        Of the user's text the last tenth is held out, but for what stands in the part before it, word for word.
+        """
+        if self.data is None:
+            for number in range(4000):
+                yield " ".join(sentence for sentence, _ in stories().story(number)), number % HELD_OUT == 0
+            return
+        paths = list_files(self.data)
+        total, done, seen = sum(path.stat().st_size for path in paths), 0, set()
+        with tqdm(total=total, unit="B", unit_scale=True, desc="reading", leave=False, disable=None) as bar:
+            for path in paths:
+                before = done
+                for offset, content in split_file(path):
+                    bar.update(before + offset - bar.n)
+                    done, text = before + offset + len(content), decode_utf8(path, offset, content)
+                    held_out, known = done > total * (1 - 1 / HELD_OUT), hash(content.strip())
+                    if not held_out:
+                        seen.add(known)
+                    if text.strip() and not (held_out and known in seen):
+                        yield text, held_out
+                done = before + path.stat().st_size
+
+    def settle(self, folder, make=False):
+        """Finds the tokens of the user's text in a run's folder, memory-mapped; with `make`, puts them there first."""
+        if self.data is None:
+            return
+        path, dtype = folder / self.tokens_file, np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<i4")
+        if make and not path.exists():
+            temporary = path.with_name(path.name + ".tmp")
+            with open(temporary, "wb") as file:
+                for text, _ in self._documents():
+                    np.array([*self.tokenizer.encode(text), SEPARATOR], dtype).tofile(file)
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        if not path.is_file() or path.stat().st_size != sum(self.n_tokens) * dtype.itemsize:
+            raise ValueError(f"{path} is damaged: it does not hold the {sum(self.n_tokens)} tokens of {folder / self.file}")
+        tokens = np.memmap(path, dtype, mode="r")
+        self.parts = tokens[: self.n_tokens[0]], tokens[self.n_tokens[0] :]
+
+    # -- what is trained on, and what is not
+
+    def sequences(self, rng, n, length):
+        """n windows of `length` tokens of the training part: int64 (n, length)."""
+        return self._windows(rng, n, length, held_out=False)[0]
+
+    def held_out(self, rng, n, length):
+        """The same of what is never trained on."""
+        return self._windows(rng, n, length, held_out=True)[0]
+
+    def labelled(self, rng, n, length):
+        """Held-out windows (n, length), and their ground truth: {"topic": (ids (n, length), names)}, {} of one's own text.
+
+        The id is that of the topic that came in last in the story, from that sentence on; -1 before it has one.
+        """
+        tokens, labels = self._windows(rng, n, length, held_out=True)
+        return tokens, {} if self.data else {"topic": (labels, self.topics)}
+
+    def _windows(self, rng, n, length, held_out):
+        if self.data:
+            part = self.parts[held_out]
+            starts = rng.integers(len(part) - length + 1, size=n)
+            return np.stack([part[start : start + length] for start in starts]).astype(np.int64), None
+        tokens, labels = [], []  # of one story after the other; each window goes on where the last one ended
+        while len(tokens) < n * length:
+            number = HELD_OUT * int(rng.integers(1 << 48)) + (0 if held_out else int(rng.integers(1, HELD_OUT)))
+            tokens.append(SEPARATOR)
+            labels.append(-1)
+            for i, (sentence, topic) in enumerate(stories().story(number)):
+                new = self.tokenizer.encode(" " * (i > 0) + sentence)
+                tokens += new
+                labels += [self.topics.index(topic) if topic else -1] * len(new)
+        return tuple(np.array(row[: n * length]).reshape(n, length) for row in (tokens, labels))
+
+    # -- people, measures, files
+
+    def prompt(self, text):
+        """The tokens (1, T) of the beginning of a document."""
+        return torch.tensor([[SEPARATOR, *self.tokenizer.encode(text)]])
+
+    def show(self, tokens):
+        """A sequence (T,) from a separator on, for people."""
+        return self.tokenizer.decode(tokens[1:])
+
+    def measures(self, model, seed, tokens, loss):
+        """What the loss on sequences (n, T) means in other units; every byte of the text is counted, once."""
+        targets = tokens[:, 1:]
+        n_bytes = self.tokenizer.sizes[targets].sum()
+        return {"perplexity": math.exp(loss), "bits_per_byte": float(loss / math.log(2) * targets.size / n_bytes)}
+
+    def references(self, length):
+        """Figures to hold a model's against."""
+        return {"loss_unigram": self.loss_unigram}
+
+    def to_json(self):
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data):
+        """The text that to_json described. Every value is checked: the user's files are not looked for again."""
+        strings = [data["fingerprint"], *data["pieces"], *(data["data"] or [])]
+        numbers = [data["vocab"], *(data["n_tokens"])]
+        if not all(type(s) is str for s in strings) or not all(type(n) is int and n >= 0 for n in numbers) or len(numbers) != 3:
+            raise ValueError("its words must be strings, and its numbers whole")
+        if len(set(data["pieces"])) != len(data["pieces"]) or not math.isfinite(data["loss_unigram"]):
+            raise ValueError("its words must be different, and its loss a number")
+        return cls(**data)
