@@ -55,8 +55,7 @@ class Codebook(nn.Module):
             a = x.float().unflatten(-1, (self.groups, self.dim))  # (..., G, d)
             search = self.control or self.search
             self.ids = search(a.detach())  # (..., G, k)
-            rows = self.ids + self.n_codes * torch.arange(self.groups, device=x.device).unsqueeze(-1)  # of the table (G * C, d)
-            q = F.embedding_bag(rows.flatten(0, -2), self.codes.view(-1, self.dim), mode="sum").view_as(a)  # (..., G, d)
+            q, rows = self.sum_codes(self.ids)  # (..., G, d)
             if self.training:
                 self.autoencoding = F.mse_loss(q, a.detach())
                 self.commitment = F.mse_loss(a, q.detach())
@@ -70,6 +69,12 @@ class Codebook(nn.Module):
     def search(self, a, extra=0):
         """Ids (..., G, k + extra) of the codes most similar to a (..., G, d), best first."""
         return topk_codes(a, self.codes.detach(), self.k + extra, self.similarity)[1]
+
+    def sum_codes(self, ids):
+        """q (..., G, d) for ids (..., G, k), and the ids as rows of the (G * C, d) table."""
+        rows = ids + self.n_codes * torch.arange(self.groups, device=ids.device).unsqueeze(-1)
+        q = F.embedding_bag(rows.flatten(0, -2), self.codes.view(-1, self.dim), mode="sum")
+        return q.view(*ids.shape[:-1], self.dim), rows
 
     @torch.no_grad()
     def _count(self, rows, a, q):
@@ -151,11 +156,12 @@ class Codebook(nn.Module):
         All k codes of a sum move, so a k-th is as far as they can go without making the sums worse.
         """
         ids = self.search(a)  # (N, G, k)
-        lack = (a - self.sum_codes(ids)).flatten(0, 1)  # (N * G, d)
+        q, rows = self.sum_codes(ids)
+        lack = (a - q).flatten(0, 1)  # (N * G, d)
         count, total = torch.zeros_like(self.usage).view(-1), torch.zeros_like(self.codes).view(-1, self.dim)
-        for rows in self._flat(ids).flatten(0, 1).T:  # k of (N * G)
-            count.index_add_(0, rows, torch.ones_like(rows, dtype=count.dtype))
-            total.index_add_(0, rows, lack)
+        for choice in rows.flatten(0, 1).T:  # k of (N * G)
+            count.index_add_(0, choice, torch.ones_like(choice, dtype=count.dtype))
+            total.index_add_(0, choice, lack)
         self.codes += (total / count.clamp_min(1).unsqueeze(-1) / self.k).view_as(self.codes)
 
     def _assign(self, a):

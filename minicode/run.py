@@ -279,7 +279,7 @@ def load_run(folder, device="cpu"):
     config = read_json(folder / "config.json", config_from_json)
     data = read_data(folder)
     if config.vocab_size != data.vocab_size:
-        raise ValueError(f"{folder / 'config.json'}: vocab_size is {config.vocab_size}, but that of its data {data.vocab_size}")
+        raise ValueError(f"{folder / data.file} is damaged: its vocab_size is {data.vocab_size}, config.json's {config.vocab_size}")
     done = (folder / "summary.json").is_file()
     summary = read_json(folder / "summary.json", figures) if done else {}
     return Run(folder, config, load_model(config, folder / "model.pt", device), data, summary)

@@ -235,7 +235,9 @@ def train(session):
         for step in range(session.step, config.steps):
             generator = torch.Generator(model.device).manual_seed((config.seed * 1_000_003 + step) % 2**63)
             if step == config.dense_steps and step > 0:
-                write_tensors(session.folder / "dense.pt", model.state_dict())
+                with parallel.together():
+                    if parallel.rank() == 0:  # before the codebooks change everything
+                        write_tensors(session.folder / "dense.pt", model.state_dict())
                 start_codebooks(model, config, data, generator)
                 forward = parallel.wrap(fast, unused=False)
             loss = train_step(model, forward, session.optimizer, config, step, data)

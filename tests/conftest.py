@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from minicode import FSM, GPT, GPTConfig
+from minicode.run import FILES, MADE_LATER
 from minicode.train_fsm import main as train_fsm
 
 torch.set_num_threads(1)  # the models here are far too small for two
@@ -11,6 +12,9 @@ TINY = (
     "--n-states 16 --n-edges 3 --base 4 --n-layer 2 --n-head 2 --n-embd 16 --block-size 12 --n-codes 32 "
     "--n-codes-head 8 --steps 60 --batch-size 8 --eval-every 30 --checkpoint-every 20 --revive-every 5 --device cpu"
 ).split()
+
+
+RUN_FILES = sorted({*FILES} - {"text.json", "tokens.bin", *MADE_LATER})  # of a finished run on TokFSM
 
 
 @pytest.fixture(scope="session")

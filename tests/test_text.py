@@ -297,7 +297,7 @@ def test_a_run_needs_its_text_no_more(own_file, tmp_path, capsys):
     (folder / "tokens.bin").write_bytes(tokens[:-2])
     assert "tokens.bin is damaged" in refusal(sample, "--run", folder, capsys=capsys)
     (folder / "tokens.bin").unlink()
-    assert "there is no file or folder" in refusal(sample, "--run", folder, capsys=capsys)
+    assert "tokens.bin is damaged" in refusal(sample, "--run", folder, capsys=capsys)
 
 
 def test_samples_with_codes_and_without(story_run, capsys):
