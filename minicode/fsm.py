@@ -116,7 +116,8 @@ class FSM:
 
     # -- ground truth
 
-    group = property(lambda self: self.digits)  # tokens that make one word; 0 where each token has its own spaces
+    detected = ("state", "bigram")  # what codes are compared with neurons on
+    group = property(lambda self: self.digits)  # tokens that make one word
 
     @property
     def vocabulary(self):

@@ -13,17 +13,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minicode import figures
+from minicode import figures, topics
 from minicode.codebook import perplexity
 from minicode.control import Code
 from minicode.fsm import FSM
 from minicode.measures import (
     agreement, best_labels, codes_against_neurons, control_study, detect, forced_distributions, matches, purity, record_codes,
+    texts,
 )  # fmt: skip
 from minicode.report import write_report
 from minicode.run import Parser, latest_run, load_run, write
-
-N_SEQUENCES = 512  # that codes are recorded on
 
 
 def main(argv=None):
@@ -53,7 +52,7 @@ def main(argv=None):
         except re.error as error:
             raise ValueError(f"--search {args.search!r} is not a regular expression: {error}") from None
         wanted = Code.parse(args.code, run.model) if args.code else None
-        tokens, kinds = run.data.labelled(np.random.default_rng((run.config.seed, 3)), N_SEQUENCES, run.config.block_size)
+        tokens, kinds = topics.held_out(run)
         recording = record_codes(run.model, tokens, run.folder)
         if args.figures:
             args.figures.mkdir(parents=True, exist_ok=True)
@@ -64,12 +63,6 @@ def main(argv=None):
     else:
         result, text = study(run, recording, kinds, other, args.figures)
     print(json.dumps(result) if args.json else text)
-
-
-def texts(data, tokens):
-    """The text of each token of tokens (n, T); where tokens make words, a space before each word."""
-    words, group = data.vocabulary, data.group
-    return [[(" " if group and i % group == 1 % group else "") + words[t] for i, t in enumerate(row)] for row in tokens]
 
 
 def search(run, recording, pattern, args):
@@ -111,22 +104,26 @@ def study(run, recording, kinds, other, folder):
     """Every measure that there is for this run: interpret.json, report.html and the tables."""
     data, is_fsm = run.data, isinstance(run.data, FSM)
     result = {"run": str(run.folder), "tokens": int(recording.tokens.size), "usage": usage(recording)}
-    compared = [kinds[kind] for kind in list(kinds)[:2]] if not is_fsm else [kinds["state"], kinds["bigram"]]
-    detectors = codes_against_neurons(run, recording, compared)
-    points = detectors.pop("points")
-    result["detectors"] = detectors
+    detectors = result["detectors"] = codes_against_neurons(run, recording, [kinds[kind] for kind in data.detected if kind in kinds])
+    points, labels = detectors.pop("points"), best_labels(recording, kinds)
     if is_fsm:
         result["purity"] = dict(zip(("bigram", "trigram"), (purity(run.model, prompts) for prompts in data.prefixes())))
         found = detect(recording, *kinds["state"])
         good = np.minimum(found.precision, found.recall).max(0) >= 0.95
         detectors["states_with_code"] = float(good.mean())
         result["control"] = control_study(run)
+    if "topic" in kinds:
+        result["steering"] = topics.steering_table(run, recording, *kinds["topic"])
+        write(run.folder / "steering.json", json.dumps(result["steering"], indent=1))
+    best = sorted((i for i, label in enumerate(labels) if label), key=lambda i: -labels[i][-1])[:10]
+    names = ("kind", "label", "precision", "recall", "f1")
+    result["best_codes"] = [{"code": str(recording.names[i]), **dict(zip(names, labels[i]))} for i in best]
     if other:
         theirs = record_codes(other.model, recording.tokens)
         result["seeds"] = {"with": str(other.folder), **agreement(recording, theirs, np.random.default_rng(0))}
     drawn = draw(result, recording, points)
     write(run.folder / "interpret.json", json.dumps(result, indent=1))
-    write_report(run.folder / "report.html", page(run, recording, kinds, result, drawn))
+    write_report(run.folder / "report.html", page(run, recording, labels, result, drawn))
     for name, figure in drawn.items() if folder else ():
         write(folder / f"{name}.svg", figure["svg"])
     return result, describe(result, run.folder)
@@ -176,15 +173,22 @@ def draw(result, recording, points):
             "caption": "Share of next states that follow the state b, after an intervention in a run that is in another state: at its first "
                        "state, and inside a long sequence. Random and wrong codes must do no better than nothing at all (none).",
         }  # fmt: skip
+    if "steering" in result:
+        shares = [[row[measure] for row in result["steering"]["topics"].values()] for measure in ("before", "after", "random")]
+        drawn["steering"] = {
+            "svg": figures.bars(list(result["steering"]["topics"]), ["before", "after", "random codes"], shares, horizontal=True, cover=(0, 1),
+                                title="Steering by topic", x="share of texts that mention the topic"),
+            "caption": "Generated texts that mention a topic: left alone, with its codes forced, and with as many random codes.",
+        }  # fmt: skip
     return drawn
 
 
-def page(run, recording, kinds, result, drawn, n_contexts=6):
+def page(run, recording, labels, result, drawn, n_contexts=6):
     """What report.html shows."""
     alive = np.flatnonzero(recording.count)
     after = forced_distributions(recording, alive)
     rows = []
-    for number, (code, best) in enumerate(zip(recording.names, best_labels(recording, kinds))):
+    for number, (code, best) in enumerate(zip(recording.names, labels)):
         kind, name, precision, recall, _ = best or (None, None, None, None, None)
         label = f"{kind} {name}" if best else None
         places = recording.places(number, n_contexts).tolist() if best else []
@@ -229,6 +233,10 @@ def describe(result, folder):
         for way, where in result["control"].items():
             cells = (f"{w['control']:.3f} {w['control_ci']:.3f}   {w['jsd']:.3f}" for w in (where["first"], where["inside"]))
             lines.append(f"{way:18}" + "  ".join(f"{cell:>22}" for cell in cells))
+    if "steering" in result:
+        lines += ["", topics.describe(result["steering"])]
+    lines += ["", f"{'best codes':18}{'':24}{'precision':>10}{'recall':>8}"]
+    lines += [f"{r['code']:18}{r['kind'] + ' ' + r['label']:24}{r['precision']:10.3f}{r['recall']:8.3f}" for r in result["best_codes"]]
     return "\n".join([*lines, "", f"figures and all codes: {folder / 'report.html'}; every figure: {folder / 'interpret.json'}"])
 
 

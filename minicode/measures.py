@@ -101,6 +101,12 @@ def best_labels(recording, kinds):
     return best
 
 
+def texts(data, tokens):
+    """The text of each token of tokens (n, T); where tokens make words, a space before each word."""
+    words, group = data.vocabulary, data.group
+    return [[(" " if group and i % group == 1 % group else "") + words[t] for i, t in enumerate(row)] for row in tokens]
+
+
 def matches(texts, pattern):
     """Labels (n, T): 0 at each token in which a match of the pattern, or of its first bracket, ends; -1 elsewhere.
 

@@ -3,6 +3,7 @@
     --force-code mlp.1.527       the code is active at every generated position
     --force-code mlp.1.527@4     at position 4 alone (position 0 is BOS; -1 is the prompt's last)
     --block-code mlp.1.527       the code is never chosen there; the next best takes its place
+    --force-code topic:dragon    all codes that were found for a topic of the stories, or word:king for a word of any text
     --force-code                 alone: the demonstration. A run in one state is made to act as if in another.
 """
 
@@ -17,6 +18,7 @@ import torch
 from minicode.control import GENERATED, Code, block, chosen, force, random_codes
 from minicode.fsm import FSM
 from minicode.run import Parser, latest_run, load_run
+from minicode.topics import expand
 
 
 def main(argv=None):
@@ -33,11 +35,15 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--force-code", action="append", nargs="?", const="", default=[], metavar="CODE")
     parser.add_argument("--block-code", action="append", default=[], metavar="CODE")
+    parser.add_argument("--list-topics", action="store_true", help="the topics of a run on stories, for --force-code topic:NAME")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args(argv)
     demonstration = "" in args.force_code
     with parser.user_errors():
         run = load_run(args.run or latest_run())
+        if args.list_topics:
+            print("\n".join(getattr(run.data, "topics", [])) or f"the run in {run.folder} has no topics")
+            return
         if demonstration and (len(args.force_code) > 1 or args.block_code):
             raise ValueError("a bare --force-code is the demonstration, and goes with no other code")
         for name, least in (("num_samples", 1), ("temperature", 0), ("top_k", 1), ("max_new_tokens", 1)):
@@ -45,6 +51,8 @@ def main(argv=None):
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
         result = demonstrate(run, args) if demonstration else sample(run, args)
     text = describe(run.fsm, result) if demonstration else run.data.between.join(result["samples"])
+    if "samples_free" in result and not demonstration:
+        text = f"left alone:\n\n{run.data.between.join(result['samples_free'])}\n\n\n{args.force_code[0]} forced:\n\n{text}"
     print(json.dumps(result) if args.json else text)
 
 
@@ -59,23 +67,28 @@ def new_tokens(run, prompt, wanted, default):
 
 def sample(run, args):
     """Samples, with codes forced and blocked."""
+    forced = [code for text in args.force_code for code in expand(run, text)]
     prompt = run.data.prompt(args.prompt or "")
     n_new = new_tokens(run, prompt, args.max_new_tokens, run.data.sample_length)
-    for text in args.force_code + args.block_code:
+    for text in forced + args.block_code:
         position = Code.parse(text, run.model).position
         if position is not None and position >= prompt.shape[1] + n_new - 1:
             raise ValueError(f"{text}: this sample runs the positions 0 to {prompt.shape[1] + n_new - 2}")
-    with force(run.model, args.force_code, GENERATED), block(run.model, args.block_code, GENERATED):
+
+    def generate(codes, blocked):
         generator, many = torch.Generator().manual_seed(args.seed), prompt.repeat(args.num_samples, 1)
-        tokens = run.model.generate(many, n_new, args.temperature, args.top_k, generator)
-    samples = [run.data.show(row) for row in tokens.numpy()]
-    return {"prompt": args.prompt or "", "samples": samples, "forced": args.force_code, "blocked": args.block_code}
+        with force(run.model, codes, GENERATED), block(run.model, blocked, GENERATED):
+            tokens = run.model.generate(many, n_new, args.temperature, args.top_k, generator)
+        return [run.data.show(row) for row in tokens.numpy()]
+
+    result = {"prompt": args.prompt or "", "samples": generate(forced, args.block_code), "forced": forced, "blocked": args.block_code}
+    return result if forced == args.force_code else {**result, "samples_free": generate([], [])}
 
 
 def demonstrate(run, args):
     """Forces the codes of a state b in a run that is in a state a: what comes next follows b."""
     if not isinstance(run.data, FSM):
-        raise ValueError("a bare --force-code is the demonstration on TokFSM; on text, name the code: --force-code head.0.1.12")
+        raise ValueError("a bare --force-code is the demonstration on TokFSM; on text: --force-code topic:NAME, or word:WORD")
     fsm, model, rng = run.fsm, run.model, np.random.default_rng(args.seed)
     sites = [site for site, codebook in model.codebooks().items() if codebook.enabled]
     if not sites:

@@ -27,6 +27,7 @@ BLANK = re.compile(rb"\r?\n\r?\n")
 SEPARATOR = 256  # between documents, and before the first; below it are the bytes, above it the pieces
 CHUNK = 1 << 20  # bytes of a file that are read at a time
 LONGEST = 1 << 12  # bytes of a document; what is longer is cut at the end of a line or of a word
+N_WORDS = 200  # frequent words that codes may stand for
 HELD_OUT = 10  # one in so many: stories with a number that it divides, or the last part of the user's text
 
 
@@ -126,6 +127,8 @@ class Text:
     tokens_file: ClassVar = "tokens.bin"
     least_block: ClassVar = 2
     sample_length: ClassVar = 100
+    group: ClassVar = 0  # tokens that make one word; 0: each token has its own spaces
+    detected: ClassVar = ("topic", "word")  # what codes are compared with neurons on
     between: ClassVar = "\n\n---\n\n"  # samples
     data: list | None = option(None, "files or folders of UTF-8 text; without: stories, made on the spot", nargs="+")
     vocab: int = option(2048, "tokens in the vocabulary, at most: 257, and the most frequent words")
@@ -226,12 +229,16 @@ class Text:
         return self._windows(rng, n, length, held_out=True)[0]
 
     def labelled(self, rng, n, length):
-        """Held-out windows (n, length), and their ground truth: {"topic": (ids (n, length), names)}, {} of one's own text.
+        """Held-out windows (n, length), and what is known of each position: {kind: (labels (n, length), -1 for none, names)}.
 
-        The id is that of the topic that came in last in the story, from that sentence on; -1 before it has one.
+        topic: of stories, the one that came in last, from that sentence on. word: the frequent word that stands there.
         """
         tokens, labels = self._windows(rng, n, length, held_out=True)
-        return tokens, {} if self.data else {"topic": (labels, self.topics)}
+        words = [i for i, piece in enumerate(self.tokenizer.pieces) if re.search(r"\w", piece)][:N_WORDS]
+        number = np.full(self.vocab_size, -1)
+        number[np.array(words, dtype=int) + SEPARATOR + 1] = np.arange(len(words))
+        word = number[tokens], [self.tokenizer.pieces[i].strip() for i in words]
+        return tokens, {"word": word} if self.data else {"topic": (labels, self.topics), "word": word}
 
     def _windows(self, rng, n, length, held_out):
         if self.data:
@@ -250,6 +257,15 @@ class Text:
         return tuple(np.array(row[: n * length]).reshape(n, length) for row in (tokens, labels))
 
     # -- people, measures, files
+
+    @property
+    def vocabulary(self):
+        """The text of each token."""
+        return [self.tokenizer.decode([token]) for token in range(self.vocab_size)]
+
+    def mentions(self, topic, text):
+        """Whether a text mentions a topic of the stories, in so many words."""
+        return bool(stories().mention[topic].search(text))
 
     def prompt(self, text):
         """The tokens (1, T) of the beginning of a document."""

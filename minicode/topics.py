@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from minicode.control import GENERATED, force
-from minicode.measures import detect, record_codes
+from minicode.measures import detect, record_codes, texts
 from minicode.model import evaluating
 
 N_SEQUENCES = 512  # that codes are recorded on
@@ -45,10 +45,10 @@ def find_codes(recording, labels, names):
     return result
 
 
-def near(texts, word):
+def near(rows, word):
     """Labels (n, T): 0 on the NEAR tokens up to each mention of a word, -1 elsewhere."""
-    labels, pattern = np.full((len(texts), len(texts[0])), -1), mention(word)
-    for row, pieces in zip(labels, texts):
+    labels, pattern = np.full((len(rows), len(rows[0])), -1), mention(word)
+    for row, pieces in zip(labels, rows):
         ends = np.cumsum([len(piece) for piece in pieces])
         for match in pattern.finditer("".join(pieces)):
             at = np.searchsorted(ends, match.end())
@@ -76,7 +76,7 @@ def expand(run, text):
     recording = record_codes(run.model, tokens)
     if kind == "topic":
         return find_codes(recording, *kinds["topic"])[name]
-    labels = near(run.data.texts(tokens), name)
+    labels = near(texts(run.data, tokens), name)
     codes = find_codes(recording, labels, [name])[name]
     if not codes:
         why = "no code stands for it" if (labels == 0).any() else "it does not occur in the held-out text"
@@ -110,8 +110,8 @@ def steering_table(run, recording, labels, names, n_samples=10, seed=0):
     codes, rng, topics = find_codes(recording, labels, names), np.random.default_rng(seed), {}
 
     def sample(forced):
-        texts, judged = zip(*(generate(run, prompt, forced, n_samples, seed + i) for i, prompt in enumerate(PROMPTS)))
-        return sum(texts, []), math.exp(np.mean(np.log(judged)))
+        samples, judged = zip(*(generate(run, prompt, forced, n_samples, seed + i) for i, prompt in enumerate(PROMPTS)))
+        return sum(samples, []), math.exp(np.mean(np.log(judged)))
 
     free, perplexity_free = sample([])
     for name in tqdm(names, desc="steering", leave=False, disable=None):
@@ -119,7 +119,7 @@ def steering_table(run, recording, labels, names, n_samples=10, seed=0):
         drawn = [code.rsplit(".", 1)[0] for code in codes[name]]
         others = {f"{head}.{rng.integers(sizes['.'.join(head.split('.')[:2])])}" for head in drawn}
         (after, perplexity), (random, _) = sample(codes[name]), sample(sorted(others))
-        before, after, random = (float(np.mean([run.data.mentions(name, text) for text in texts])) for texts in (free, after, random))
+        before, after, random = (float(np.mean([run.data.mentions(name, text) for text in samples])) for samples in (free, after, random))
         topics[name] = {"before": before, "after": after, "random": random, "perplexity_before": perplexity_free,
                         "perplexity_after": perplexity, "codes": codes[name]}  # fmt: skip
     measures = [measure for measure in topics[names[0]] if measure != "codes"]
