@@ -22,6 +22,7 @@ from minicode.sample import main as sample
 from minicode.train import evaluate, learning_rate
 from minicode.train_fsm import PRESETS
 from minicode.train_fsm import main as train_fsm
+from minicode.train_text import main as train_text
 
 
 def train(folder, *flags):
@@ -158,7 +159,7 @@ def test_ctrl_c_leaves_a_run_that_resumes(tiny_run, tmp_path):
     assert not any(codebook.enabled for codebook in model.codebooks().values())
 
 
-@pytest.mark.parametrize("command", [train_fsm, sample, bench])
+@pytest.mark.parametrize("command", [train_fsm, train_text, sample, bench])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as error:
         command(["--help"])
