@@ -1,0 +1,21 @@
+import torch
+from answers import lloyd
+
+
+def test_lloyd():
+    torch.manual_seed(5)
+    a, E = torch.randn(200, 3), torch.randn(30, 3)
+    E[4] += 100  # nearest to none
+    before, wanted, empty = E.clone(), E.clone(), []
+    ids = (a.unsqueeze(1) - E).norm(dim=-1).argmin(1)
+    for i in range(30):
+        wanted[i], empty = (a[ids == i].mean(0), empty) if (ids == i).any() else (E[i], [*empty, i])
+    got = lloyd(a, E)
+    assert torch.equal(E, before), "E itself was changed: return new codes"
+    assert got.shape == (30, 3), f"the new codes must be (30, 3), not {tuple(got.shape)}"
+    assert not got.isnan().any(), "there are NaNs: the mean of no activation is 0 / 0"
+    assert torch.equal(got[empty], E[empty]), f"the codes {empty} are nearest to no activation, and must stay where they are"
+    wrong = [i for i in range(30) if not torch.allclose(got[i], wanted[i], atol=1e-5)]
+    assert not wrong, f"the codes {wrong} are not the means of the activations to which they are the nearest"
+    before = (a - E[ids]).square().sum()
+    assert (a.unsqueeze(1) - got).norm(dim=-1).amin(1).square().sum() < before, "a round must bring codes and activations closer"
