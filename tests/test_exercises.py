@@ -12,9 +12,10 @@ CHECKS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "exerc
 
 def outcomes(answers, checks, **environment):
     """Runs checks with a module in the place of answers: {outcome: the checks that have it}, and what pytest printed."""
-    code = f"import sys, pytest, {answers}; sys.modules['answers'] = {answers}; pytest.main(['-rA', '-q', '-p', 'no:cacheprovider', *sys.argv[1:]])"
+    code = f"import sys, pytest, {answers}; sys.modules['answers'] = {answers}; pytest.main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "-rA", "-q", "-p", "no:cacheprovider", *checks]
     environment = {**os.environ, "PYTHONPATH": "tests/exercises", **environment}
-    result = subprocess.run([sys.executable, "-c", code, *checks], capture_output=True, text=True, cwd=ROOT, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     found = {}
     for outcome, check in re.findall(r"^(PASSED|FAILED|ERROR) (tests/exercises/check_\w+\.py)", result.stdout, flags=re.M):
         found.setdefault(outcome, []).append(check)

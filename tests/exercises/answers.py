@@ -52,7 +52,7 @@ def loss_floor(n_states, n_edges, digits, n):
 
     A sequence is n whole states of `digits` tokens each. The first is any of n_states, all equally probable; each of the
     others is one of n_edges successors of the one before, all equally probable. What do n states have in entropy, and
-    how many tokens share it? Think of states only: how a state is spelt adds nothing, since states and spellings are one to one.
+    how many tokens share it? Think of states only: each has one spelling, so the tokens have the entropy of the states.
     """
     raise NotImplementedError
 
@@ -120,7 +120,7 @@ class TopK(nn.Module):
 
 
 # 10 (a weekend). Beat the recipe. `python -m minicode.train_fsm` reaches a transition accuracy of 0.996 with 8.2 million
-# tokens; with `--steps 2000`, half of them, its three seeds come to 0.982, 0.984 and 0.988. Reach 0.995 with that half: on
+# tokens; with `--steps 2000`, half of them, three seeds come to 0.983, 0.986 and 0.984. Reach 0.995 with that half: on
 # the default machine, with 2 layers of 64 dimensions and block size 128, codebooks at head,mlp, k = 1, and at most 960 codes
 # an MLP and 16 a head. Flags may do, or a new idea in codebook.py or train.py (minicode/ablate.py replaces single
 # methods). Nobody has done it yet, as far as we know. There is nothing to write here: the check measures the run in

@@ -23,4 +23,5 @@ def test_effect():
         back = sum((without[b, t] * (without[b, t] / p[b, t]).log()).sum().item() for b, t in at) / max(len(at), 1)
         got = effect(model, tokens, name)
         assert got != pytest.approx(back, rel=1e-3) or back == wanted, f"{name}: that is KL(p' || p), the other way round"
-        assert got == pytest.approx(wanted, rel=1e-3), f"{name} fires {len(at)} times; its effect is {wanted:.4f} nats, not {got:.4f}"
+        what = f"{name} fires {len(at)} times; its effect is {wanted:.4f} nats, not {got:.4f}"
+        assert got == pytest.approx(wanted, rel=1e-3), what

@@ -20,7 +20,7 @@ def test_it_is_the_layer_of_the_equations():
         parameter.data += 0.1 * torch.randn_like(parameter)
     scores, S = ((a - layer.bias) @ layer.encoder.T).topk(6, dim=-1)
     q, wanted = layer(a), layer.bias + (scores.relu().unsqueeze(-2) @ layer.codes[0][S]).squeeze(-2)
-    assert q.shape == a.shape and torch.allclose(q, wanted, atol=1e-4), "q is not b + sum of z_i E_i over the k features of S"
+    assert q.shape == a.shape and torch.allclose(q, wanted, atol=1e-4), "q is not b + the sum of z_i E_i over S"
     assert torch.equal(layer.ids, S.unsqueeze(-2)), "ids are not the k features with the highest W_i·(a - b), best first"
     assert torch.allclose(layer.autoencoding, (wanted - a).square().mean(), atol=1e-4), "autoencoding is not mean |q - a|^2"
     inputs = a, layer.codes, layer.encoder, layer.bias
