@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 CHECKS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "exercises").glob("check_*.py"))
 
@@ -24,6 +26,8 @@ def outcomes(answers, checks, **environment):
 
 def test_every_check_fails_until_it_is_solved(tmp_path):
     assert len(CHECKS) == 10
+    if (ROOT / "tests/exercises/answers.py").read_text().count("  raise NotImplementedError\n") < 11:
+        pytest.skip("some of the exercises have been solved here")
     found, printed = outcomes("answers", CHECKS, EXERCISE_RUN=str(tmp_path / "none"))
     assert found == {"FAILED": CHECKS}
     assert printed.count("E       NotImplementedError") >= 9 and "there is no run in" in printed

@@ -6,10 +6,9 @@ def test_lloyd():
     torch.manual_seed(5)
     a, E = torch.randn(200, 3), torch.randn(30, 3)
     E[4] += 100  # nearest to none
-    before, wanted, empty = E.clone(), E.clone(), []
-    ids = (a.unsqueeze(1) - E).norm(dim=-1).argmin(1)
-    for i in range(30):
-        wanted[i], empty = (a[ids == i].mean(0), empty) if (ids == i).any() else (E[i], [*empty, i])
+    ids, before = (a.unsqueeze(1) - E).norm(dim=-1).argmin(1), E.clone()
+    empty = [i for i in range(30) if i not in ids]
+    wanted = torch.stack([E[i] if i in empty else a[ids == i].mean(0) for i in range(30)])
     got = lloyd(a, E)
     assert torch.equal(E, before), "E itself was changed: return new codes"
     assert got.shape == (30, 3), f"the new codes must be (30, 3), not {tuple(got.shape)}"

@@ -17,5 +17,4 @@ def test_residual():
         left -= E[wanted]
     together = topk_codes(a, E, k, "distance")[1]
     theirs, yours = ((a - E[some].sum(1)).square().mean().item() for some in (together, ids))
-    print(f"mean |a - q|^2: {theirs:.3f} by the {k} nearest together, {yours:.3f} one after the other")
     assert yours < theirs / 2, f"the error must be far below that of the {k} nearest together, {theirs:.3f}, not {yours:.3f}"
