@@ -128,7 +128,7 @@ class Text:
     least_block: ClassVar = 2
     sample_length: ClassVar = 100
     group: ClassVar = 0  # tokens that make one word; 0: each token has its own spaces
-    detected: ClassVar = ("topic", "word")  # what codes are compared with neurons on
+    detected: ClassVar = ("topic",)  # what codes are compared with neurons on
     between: ClassVar = "\n\n---\n\n"  # samples
     data: list | None = option(None, "files or folders of UTF-8 text; without: stories, made on the spot", nargs="+")
     vocab: int = option(2048, "tokens in the vocabulary, at most: 257, and the most frequent words")

@@ -7,6 +7,7 @@ make it be about the topic. The table that shows how far is kept with the run, a
 import json
 import math
 import re
+from collections import Counter
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from minicode.measures import detect, record_codes, texts
 from minicode.model import evaluating
 
 N_SEQUENCES = 512  # that codes are recorded on
-PER_HEAD = 2  # codes that are forced, of those in one codebook
+MOST, PER_HEAD = 12, 4  # codes that are forced, in all and in one codebook: more of them are surer, and worse English
 NEAR = 16  # a word's codes are those that fire on so many tokens before it
 PROMPTS = ("Once upon a time", "One day, a", "Long ago, in a land far away", "There was once a")
 PAPER = {  # share of generations about the topic, in per cent: before, and with its codes forced
@@ -32,16 +33,17 @@ def held_out(run):
 
 
 def find_codes(recording, labels, names):
-    """{name: its codes}: in each codebook the PER_HEAD that detect the label most precisely, and not only by chance."""
-    found = detect(recording, labels, names)
-    tables = np.unique([f"{code.site}.{code.group}" for code in recording.names], return_inverse=True)[1]
-    base, result = found.total / labels.size, {}
+    """{name: its codes}: the MOST that detect the label most precisely, PER_HEAD of a codebook at most, none by chance."""
+    found, result = detect(recording, labels, names), {}
     for i, name in enumerate(names):
-        usable = (found.recall[:, i] >= 0.01) & (found.precision[:, i] >= 2 * base[i])
-        precision = np.where(usable, found.precision[:, i], -1)
-        best = [at[np.argsort(-precision[at], kind="stable")[:PER_HEAD]] for at in map(np.flatnonzero, tables == np.arange(tables.max() + 1)[:, None])]
-        numbers = [number for number in np.concatenate(best) if usable[number]]
-        result[name] = [str(recording.names[number]) for number in sorted(numbers, key=lambda n: -precision[n])]
+        usable = (found.recall[:, i] >= 0.01) & (found.precision[:, i] >= 2 * found.total[i] / labels.size)
+        chosen, per_head = [], Counter()
+        for number in np.argsort(-found.precision[:, i], kind="stable"):
+            code = recording.names[number]
+            if usable[number] and per_head[code.site, code.group] < min(PER_HEAD, recording.model.codebooks()[code.site].k):
+                per_head[code.site, code.group] += 1
+                chosen.append(str(code))
+        result[name] = chosen[:MOST]
     return result
 
 
