@@ -104,7 +104,7 @@ def study(run, recording, kinds, other, folder):
     """Every measure that there is for this run: interpret.json, report.html and the tables."""
     data, is_fsm = run.data, isinstance(run.data, FSM)
     result = {"run": str(run.folder), "tokens": int(recording.tokens.size), "usage": usage(recording)}
-    detectors = result["detectors"] = codes_against_neurons(run, recording, [kinds[kind] for kind in data.detected if kind in kinds])
+    detectors = result["detectors"] = codes_against_neurons(run, recording, [kinds[kind] for kind in data.detected])
     points, labels = detectors.pop("points"), best_labels(recording, kinds)
     if is_fsm:
         result["purity"] = dict(zip(("bigram", "trigram"), (purity(run.model, prompts) for prompts in data.prefixes())))

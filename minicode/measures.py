@@ -157,11 +157,11 @@ def best_neurons(values, labels, wanted):
     for part in torch.cat((values, -values), dim=1).split(256, dim=1):
         ordered = part.T.contiguous().sort(dim=1).values  # (units, N)
         for i, (label, recall) in enumerate(wanted):
-            there = part[labels == label]  # (P, units)
-            n_found = max(1, math.ceil(recall * len(there) - 1e-9))
-            threshold = there.kthvalue(len(there) - n_found + 1, dim=0).values
-            n_fired = ordered.shape[1] - torch.searchsorted(ordered, threshold.unsqueeze(1)).squeeze(1)
-            best[i] = max(best[i], ((there >= threshold).sum(0) / n_fired).max())
+            there = part[labels == label].T.contiguous()  # (units, P)
+            n_found = max(1, math.ceil(recall * there.shape[1] - 1e-9))
+            threshold = there.kthvalue(there.shape[1] - n_found + 1, dim=1, keepdim=True).values
+            n_fired = ordered.shape[1] - torch.searchsorted(ordered, threshold)
+            best[i] = max(best[i], ((there >= threshold).sum(1, keepdim=True) / n_fired).max())
     return best.numpy()
 
 
@@ -176,7 +176,7 @@ def codes_against_neurons(run, recording, kinds, n_positions=2**15):
         best = [(label, code) for label, code in found.best() if label in some and found.f1[code, label] > 0]
         precision = best_neurons(values, torch.from_numpy(flat), [(label, found.recall[code, label]) for label, code in best])
         points += [(float(p), float(found.precision[code, label]), names[label]) for p, (label, code) in zip(precision, best)]
-    neuron, code = np.array([point[:2] for point in points]).T
+    neuron, code = np.array([point[:2] for point in points] or [[0.0, 0.0]]).T  # none: no label occurs, or no code fires on one
     result = {"code_precision": code.mean(), "neuron_precision": neuron.mean(), "code_wins": (code > neuron).mean()}
     return {**{name: float(value) for name, value in result.items()}, "points": points}
 

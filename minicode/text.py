@@ -128,7 +128,6 @@ class Text:
     least_block: ClassVar = 2
     sample_length: ClassVar = 100
     group: ClassVar = 0  # tokens that make one word; 0: each token has its own spaces
-    detected: ClassVar = ("topic",)  # what codes are compared with neurons on
     between: ClassVar = "\n\n---\n\n"  # samples
     data: list | None = option(None, "files or folders of UTF-8 text; without: stories, made on the spot", nargs="+")
     vocab: int = option(2048, "tokens in the vocabulary, at most: 257, and the most frequent words")
@@ -146,6 +145,7 @@ class Text:
         self.tokenizer = Tokenizer(self.pieces)
         self.vocab_size = self.tokenizer.vocab_size
         self.most_block = math.inf if self.data is None else min(self.n_tokens) - 1
+        self.detected = ("word",) if self.data else ("topic",)  # what codes are compared with neurons on
         self.topics = [] if self.data else list(stories().topics)
 
     def __str__(self):

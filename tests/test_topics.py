@@ -31,7 +31,7 @@ def stories_run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def own_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
-    (folder / "text.txt").write_text("\n\n".join(f"The king said {word} to <script> the queen." for word in "yes no maybe hello never".split() * 60))
+    (folder / "text.txt").write_text("\n\n".join(f"The king said {word} {i} times to <script> the queen." for i in range(60) for word in "yes no maybe hello never".split()))
     assert train_text(["--out", str(folder / "run"), "--data", str(folder / "text.txt"), *SMALL, "--steps", "20"]) == 0
     return folder / "run"
 
