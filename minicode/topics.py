@@ -1,6 +1,6 @@
 """Steering language by its codes: those that stand for a topic or a word, and what texts become when they are forced.
 
-Paper, section 5.2. A topic's codes are found by their precision on held-out text; forced while text is generated, they
+Paper, section 5.2. A topic's codes are found by their precision and recall on held-out text; forced while text is generated, they
 make it be about the topic. The table that shows how far is kept with the run, as steering.json.
 """
 
@@ -33,12 +33,12 @@ def held_out(run):
 
 
 def find_codes(recording, labels, names):
-    """{name: its codes}: the MOST that detect the label most precisely, PER_HEAD of a codebook at most, none by chance."""
+    """{name: its codes}: the MOST that detect the label best, by F1; PER_HEAD of a codebook at most, and none by chance."""
     found, result = detect(recording, labels, names), {}
     for i, name in enumerate(names):
         usable = (found.recall[:, i] >= 0.01) & (found.precision[:, i] >= 2 * found.total[i] / labels.size)
         chosen, per_head = [], Counter()
-        for number in np.argsort(-found.precision[:, i], kind="stable"):
+        for number in np.argsort(-found.f1[:, i], kind="stable"):
             code = recording.names[number]
             if usable[number] and per_head[code.site, code.group] < min(PER_HEAD, recording.model.codebooks()[code.site].k):
                 per_head[code.site, code.group] += 1

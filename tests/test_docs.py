@@ -26,8 +26,9 @@ def blocks(name, language):
 
 @pytest.fixture(scope="session")
 def default_run(tmp_path_factory):
-    """A folder with runs/fsm in it: the default machine and codebooks, hardly trained."""
+    """A folder with runs/fsm and runs/text in it: the defaults, hardly trained."""
     folder = tmp_path_factory.mktemp("docs")
+    train_text(["--out", str(folder / "runs" / "text"), "--steps", "4", "--batch-size", "4", "--eval-every", "4", "--device", "cpu"])
     train_fsm(["--out", str(folder / "runs" / "fsm"), *QUICK])
     return folder
 
@@ -39,7 +40,7 @@ def assert_alike(printed, expected):
     """The same text, and numbers that differ by no more than another processor's rounding can change in training."""
     assert NUMBER.sub("#", printed) == NUMBER.sub("#", expected)
     for got, wanted in zip(NUMBER.findall(printed), NUMBER.findall(expected)):
-        tolerance = max(0.06, 0.1 * abs(float(wanted))) if "." in wanted else 0
+        tolerance = 0.15 if "." in wanted else 0
         assert abs(float(got) - float(wanted)) <= tolerance, (got, wanted, printed)
 
 

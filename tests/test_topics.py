@@ -36,7 +36,7 @@ def own_run(tmp_path_factory):
     return folder / "run"
 
 
-def test_codes_of_a_label_are_the_most_precise():
+def test_codes_of_a_label_are_twice_as_precise_as_chance():
     recording = by_hand([[0, 0, 0, 1, 1, 2, 2, 3]])
     recording.model.codebooks = lambda real=recording.model.codebooks(): {"mlp.0": type("C", (), {"n_codes": 4, "k": 2})}
     labels = np.array([[0, 0, -1, 0, -1, -1, -1, -1]])  # code 0: 2 of 3, code 1: 1 of 2, and 3 of 8 by chance
@@ -55,8 +55,8 @@ def test_codes_of_topics_against_the_definition(stories_run):
         assert name == names[i] and len(codes) <= MOST
         heads = [code.rsplit(".", 1)[0] for code in codes]
         assert all(heads.count(head) <= min(PER_HEAD, 4) for head in heads)
-        precision = [found.precision[list(map(str, recording.names)).index(code), i] for code in codes]
-        assert precision == sorted(precision, reverse=True)
+        f1 = [found.f1[list(map(str, recording.names)).index(code), i] for code in codes]
+        assert f1 == sorted(f1, reverse=True)
 
 
 def test_near_a_word_by_hand():
@@ -114,8 +114,8 @@ def test_own_text_is_interpreted_by_its_words(own_run, capsys):
     assert "<script>" not in (own_run / "report.html").read_text().split("application/json")[1].split("</script>")[0]
     run = load_run(own_run)
     tokens, _ = held_out(run)
-    labels = near(texts(run.data, tokens), "king")
-    assert expand(run, "word:king") == find_codes(record_codes(run.model, tokens), labels, ["king"])["king"]
+    labels = near(texts(run.data, tokens), "55")
+    assert expand(run, "word:55") == find_codes(record_codes(run.model, tokens), labels, ["55"])["55"] != []
 
 
 @pytest.mark.parametrize(
