@@ -93,7 +93,7 @@ def perplexity_of(model, tokens, start):
     return math.exp(F.cross_entropy(logits[:, start - 1 :].flatten(0, 1).float(), tokens[:, start:].flatten()))
 
 
-def generate(run, prompt, codes, n_samples, seed, max_new_tokens=100):
+def generate(run, prompt, codes, n_samples, seed, max_new_tokens):
     """Samples that continue a text, with codes forced: texts without the prompt, and their perplexity under the dense model."""
     tokens, generator = run.data.prompt(prompt).repeat(n_samples, 1), torch.Generator(run.model.device).manual_seed(seed)
     start, new = tokens.shape[1], min(max_new_tokens, run.config.block_size + 1 - tokens.shape[1])
@@ -103,7 +103,7 @@ def generate(run, prompt, codes, n_samples, seed, max_new_tokens=100):
     return [run.data.tokenizer.decode(row) for row in tokens[:, start:].tolist()], judged
 
 
-def steering_table(run, recording, labels, names, n_samples=10, seed=0):
+def steering_table(run, recording, labels, names, n_samples=10, max_new_tokens=100, seed=0):
     """For every topic: the share of texts that mention it before and after its codes are forced, and with random codes.
 
     {"topics": {topic: {"before", "after", "random", "perplexity_before", "perplexity_after", "codes"}}, "mean": {...}},
@@ -112,7 +112,7 @@ def steering_table(run, recording, labels, names, n_samples=10, seed=0):
     codes, rng, topics = find_codes(recording, labels, names), np.random.default_rng(seed), {}
 
     def sample(forced):
-        samples, judged = zip(*(generate(run, prompt, forced, n_samples, seed + i) for i, prompt in enumerate(PROMPTS)))
+        samples, judged = zip(*(generate(run, prompt, forced, n_samples, seed + i, max_new_tokens) for i, prompt in enumerate(PROMPTS)))
         return sum(samples, []), math.exp(np.mean(np.log(judged)))
 
     free, perplexity_free = sample([])

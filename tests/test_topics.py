@@ -76,10 +76,10 @@ def test_perplexity_against_the_loss(stories_run):
 def test_generation_with_no_codes_is_generation(stories_run):
     run = load_run(stories_run)
     prompt = run.data.prompt("Once upon a time").repeat(3, 1)
-    samples, perplexity = generate(run, "Once upon a time", [], 3, seed=5)
+    samples, perplexity = generate(run, "Once upon a time", [], 3, 5, 100)
     tokens = run.model.generate(prompt, 33 - prompt.shape[1], generator=torch.Generator().manual_seed(5))
     assert samples == [run.data.tokenizer.decode(row) for row in tokens[:, prompt.shape[1] :].tolist()] and perplexity > 1
-    forced, _ = generate(run, "Once upon a time", ["head.0.0.3", "head.0.0.5"], 3, seed=5)
+    forced, _ = generate(run, "Once upon a time", ["head.0.0.3", "head.0.0.5"], 3, 5, 100)
     with force(run.model, ["head.0.0.3", "head.0.0.5"], GENERATED):
         tokens = run.model.generate(prompt, 33 - prompt.shape[1], generator=torch.Generator().manual_seed(5))
     assert forced == [run.data.tokenizer.decode(row) for row in tokens[:, prompt.shape[1] :].tolist()]
