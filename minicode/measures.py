@@ -198,7 +198,7 @@ def forced_distributions(recording, numbers, n_contexts=16, batch=32):
         by_length[min(place[number], tokens.shape[1] - 1)].append(number)
     for last, group in tqdm(by_length.items(), desc="forcing codes", leave=False, disable=None):
         contexts = tokens[:n_contexts, : last + 1].to(model.device)
-        free = chosen(model, contexts)
+        free, n_contexts = chosen(model, contexts), len(contexts)
         for start in range(0, len(group), batch):
             many = group[start : start + batch]
             for site in {recording.names[number].site for number in many}:
