@@ -145,7 +145,7 @@ class Text:
         self.tokenizer = Tokenizer(self.pieces)
         self.vocab_size = self.tokenizer.vocab_size
         self.most_block = math.inf if self.data is None else min(self.n_tokens) - 1
-        self.detected = ("word",) if self.data else ("topic",)  # what codes are compared with neurons on
+        self.detected = ("word", "after") if self.data else ("topic",)  # what codes are compared with neurons on
         self.topics = [] if self.data else list(stories().topics)
 
     def __str__(self):
@@ -231,14 +231,17 @@ class Text:
     def labelled(self, rng, n, length):
         """Held-out windows (n, length), and what is known of each position: {kind: (labels (n, length), -1 for none, names)}.
 
-        topic: of stories, the one that came in last, from that sentence on. word: the frequent word that stands there.
+        topic: of stories, the one that came in last, from that sentence on. word: the frequent word that stands there;
+        after: the one before it.
         """
         tokens, labels = self._windows(rng, n, length, held_out=True)
         words = [i for i, piece in enumerate(self.tokenizer.pieces) if re.search(r"\w", piece)][:N_WORDS]
         number = np.full(self.vocab_size, -1)
         number[np.array(words, dtype=int) + SEPARATOR + 1] = np.arange(len(words))
-        word = number[tokens], [self.tokenizer.pieces[i].strip() for i in words]
-        return tokens, {"word": word} if self.data else {"topic": (labels, self.topics), "word": word}
+        here, names = number[tokens], [self.tokenizer.pieces[i].strip() for i in words]
+        before = np.concatenate((np.full((n, 1), -1), here[:, :-1]), axis=1)
+        kinds = {"word": (here, names), "after": (before, names)}
+        return tokens, kinds if self.data else {"topic": (labels, self.topics), **kinds}
 
     def _windows(self, rng, n, length, held_out):
         if self.data:

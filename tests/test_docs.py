@@ -20,6 +20,7 @@ from minicode.train_text import main as train_text
 
 ROOT = Path(__file__).parent.parent
 PYTHON = sorted((ROOT / "minicode").glob("*.py"))
+LITTLE = "--steps 2 --batch-size 4 --n-embd 32 --n-codes-head 16 --k 2".split()
 QUICK = "--steps 12 --batch-size 64 --eval-every 12 --device cpu".split()
 
 
@@ -31,7 +32,7 @@ def blocks(name, language):
 def default_run(tmp_path_factory):
     """A folder with runs/fsm and runs/text in it: the defaults, hardly trained."""
     folder = tmp_path_factory.mktemp("docs")
-    train_text(["--out", str(folder / "runs" / "text"), "--steps", "4", "--batch-size", "4", "--eval-every", "4", "--device", "cpu"])
+    train_text(["--out", str(folder / "runs" / "text"), *LITTLE, "--device", "cpu"])
     train_fsm(["--out", str(folder / "runs" / "fsm"), *QUICK])
     return folder
 
@@ -64,7 +65,7 @@ def test_python_blocks_run_in_order_and_print_what_stands_below(name, default_ru
 
 COMMANDS = {  # how each is cut short
     "train_fsm": (train_fsm, ["--steps", "2", "--batch-size", "32"]),
-    "train_text": (train_text, ["--steps", "2", "--batch-size", "2"]),
+    "train_text": (train_text, LITTLE),
     "sample": (sample, []),
     "interpret": (interpret, []),
     "ablate": (ablate, ["--steps", "2", "--seeds", "1"]),
