@@ -177,7 +177,11 @@ def test_own_text_is_split_and_repeats_do_not_leak(own_file, tmp_path):
     assert windows.shape == (50, 20) and windows.dtype == np.int64
     assert all(str(window)[1:-1] in str(held_out) for window in windows.tolist())
     assert all(str(window)[1:-1] in str(train) for window in own.sequences(np.random.default_rng(0), 50, 20).tolist())
-    assert own.labelled(np.random.default_rng(0), 2, 20)[1] == {}
+    tokens, kinds = own.labelled(np.random.default_rng(0), 9, 20)
+    (word, names), (after, _) = kinds["word"], kinds["after"]
+    assert kinds.keys() == {"word", "after"} and (after[:, 1:] == word[:, :-1]).all() and (after[:, 0] == -1).all()
+    for token, label in zip(tokens.flat, word.flat):
+        assert label == -1 or own.vocabulary[token].strip() == names[label]
 
 
 def test_tokens_do_not_depend_on_how_much_is_read_at_a_time(own_file, tmp_path, monkeypatch):
