@@ -6,7 +6,7 @@ them with neurons; `control_study` forces codes, and what could pass for them; `
 
 import math
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -139,14 +139,13 @@ def purity(model, prompts):
 def neurons(model, tokens):
     """Activations (N, units): of the MLPs' hidden layers, and of what reaches the sites with codebooks."""
     values = []
-    modules = [c for c in model.codebooks().values()] + [block.mlp.mlp_mid_codebook for block in model.h]
-    hooks = [m.register_forward_pre_hook(lambda m, args: values[-1].append(args[0].flatten(0, 1))) for m in dict.fromkeys(modules)]
-    for part in torch.from_numpy(tokens).to(model.device).split(64):
-        values.append([])
-        with evaluating(model):
+    modules = [*model.codebooks().values(), *(block.mlp.mlp_mid_codebook for block in model.h)]
+    with ExitStack() as stack, evaluating(model):
+        for module in dict.fromkeys(modules):
+            stack.enter_context(module.register_forward_pre_hook(lambda m, args: values[-1].append(args[0].flatten(0, 1))))
+        for part in torch.from_numpy(tokens).to(model.device).split(64):
+            values.append([])
             model(part)
-    for hook in hooks:
-        hook.remove()
     return torch.cat([torch.cat(parts, dim=1) for parts in values])
 
 
@@ -213,14 +212,9 @@ def forced_distributions(recording, numbers, n_contexts=16, batch=32):
     return result
 
 
-@contextmanager
 def shift(module, delta, position):
     """Within the block, delta (B, n) is added to a module's output (B, T, n) at one position."""
-    hook = module.register_forward_hook(lambda m, args, out: out.index_add(1, torch.tensor([position]), delta.unsqueeze(1)))
-    try:
-        yield
-    finally:
-        hook.remove()
+    return module.register_forward_hook(lambda m, args, out: out.index_add(1, torch.tensor([position]), delta.unsqueeze(1)))
 
 
 def add_mean_difference(fsm, model, layer, rng):
@@ -230,10 +224,8 @@ def add_mean_difference(fsm, model, layer, rng):
     def means(tails):  # (n, t) tokens that end a run -> (n, n_embd)
         tails, which = tails.cpu().unique(dim=0, return_inverse=True)
         outputs = []
-        hook = model.h[layer].register_forward_hook(lambda m, args, out: outputs.append(out[:, -1]))
-        with evaluating(model):
+        with evaluating(model), model.h[layer].register_forward_hook(lambda m, args, out: outputs.append(out[:, -1])):
             model(torch.cat((contexts.repeat(len(tails), 1), tails.repeat_interleave(len(contexts), 0)), 1).to(model.device))
-        hook.remove()
         return outputs[0].view(len(tails), len(contexts), -1).mean(1)[which]
 
     def intervene(tokens, b_run):
