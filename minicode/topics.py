@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from minicode.control import GENERATED, force
-from minicode.measures import detect, record_codes, texts
+from minicode.measures import detect, matches, record_codes, texts
 from minicode.model import evaluating
 
 N_SEQUENCES = 512  # that codes are recorded on
@@ -49,17 +49,10 @@ def find_codes(recording, labels, names):
 
 def near(rows, word):
     """Labels (n, T): 0 on the NEAR tokens up to each mention of a word, -1 elsewhere."""
-    labels, pattern = np.full((len(rows), len(rows[0])), -1), mention(word)
-    for row, pieces in zip(labels, rows):
-        ends = np.cumsum([len(piece) for piece in pieces])
-        for match in pattern.finditer("".join(pieces)):
-            at = np.searchsorted(ends, match.end())
-            row[max(0, at - NEAR + 1) : at + 1] = 0
+    labels = matches(rows, re.compile(rf"\b{re.escape(word)}\b", re.I))
+    for row, at in np.argwhere(labels == 0):
+        labels[row, max(0, at - NEAR + 1) : at + 1] = 0
     return labels
-
-
-def mention(word):
-    return re.compile(rf"\b{re.escape(word)}\b", re.I)
 
 
 def expand(run, text):
