@@ -84,6 +84,10 @@ def given(args, cls):
 class Parser(argparse.ArgumentParser):
     """A user's mistake ends the command with one line, however many processes make it, and exit status 2."""
 
+    def __init__(self, name, about):
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=f"python -m minicode.{name}", description=about, allow_abbrev=False, formatter_class=layout)
+
     def exit(self, status=0, message=None):
         super().exit(status, message if parallel.rank() == 0 else None)
 
@@ -302,7 +306,3 @@ def read_metrics(folder, up_to=math.inf):
         return [line for line in metrics if line["step"] <= up_to]
     except Exception as error:
         raise ValueError(f"{path} is damaged: {one_line(error)}") from None
-
-
-def write_metrics(folder, metrics):
-    write(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in metrics))

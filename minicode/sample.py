@@ -7,7 +7,6 @@
     --force-code                 alone: the demonstration. A run in one state is made to act as if in another.
 """
 
-import argparse
 import json
 from functools import partial
 from pathlib import Path
@@ -22,10 +21,7 @@ from minicode.topics import expand
 
 
 def main(argv=None):
-    parser = Parser(
-        prog="python -m minicode.sample", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser("sample", __doc__)
     parser.add_argument("--run", type=Path, help="folder of the run (default: the newest in runs/)")
     parser.add_argument("--prompt", help="states to start from, as digits: 38, or 38 07; or a text (default: none; the demonstration: any)")
     parser.add_argument("--num-samples", type=int, default=5, help="(default: 5)")
