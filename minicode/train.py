@@ -134,10 +134,8 @@ def evaluate(model, data, seed, n):
     if counts:
         dead = {name: (count == 0).float() for name, count in counts.items()}
         result["dead_code_fraction"] = torch.cat([d.flatten() for d in dead.values()]).mean().item()
-        result["sites"] = {
-            name: {"dead_code_fraction": dead[name].mean().item(), "perplexity": perplexity(count).mean().item()}
-            for name, count in counts.items()
-        }
+        result["sites"] = {name: {"dead_code_fraction": d.mean().item(), "perplexity": perplexity(counts[name]).mean().item()}
+                           for name, d in dead.items()}  # fmt: skip
     return result
 
 
@@ -273,16 +271,11 @@ def keep(session, checkpoint):
         session.metrics.append({"step": done, "tokens": done * config.batch_size * config.block_size, **figures})
         write(session.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in session.metrics))
         tqdm.write(describe(session.metrics[-1]))
-    if checkpoint:
-        save(session)
-
-
-def save(session):
-    """The checkpoint is train_state.pt alone, so it can't be half old and half new; model.pt is there to be read."""
-    weights = session.model.state_dict()
-    state = {"step": session.step, "seconds": session.seconds, "model": weights}
-    write_tensors(session.folder / "model.pt", weights)  # first: a kill in between is made up for by resuming
-    write_tensors(session.folder / "train_state.pt", {**state, "optimizer": session.optimizer.state_dict()["state"]})
+    if checkpoint:  # is train_state.pt alone, so that it can't be half old and half new; model.pt is there to be read
+        weights, moments = session.model.state_dict(), session.optimizer.state_dict()["state"]
+        write_tensors(session.folder / "model.pt", weights)  # first: a kill in between is made up for by resuming
+        state = {"step": done, "seconds": session.seconds, "model": weights, "optimizer": moments}
+        write_tensors(session.folder / "train_state.pt", state)
 
 
 def describe(line):
