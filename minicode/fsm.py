@@ -193,10 +193,10 @@ class FSM:
         tails = self.encode(prefixes)[:, 1:]  # (P, digits - 1): all but the last digit of the next state
         tables = []
         for states in np.array_split(np.arange(self.n_states), max(1, self.n_states * len(prefixes) // 2000)):
-            heads = np.concatenate((np.full((len(states), 1), self.bos), self.encode(states)), axis=1)
-            tokens = np.concatenate((heads.repeat(len(prefixes), 0), np.tile(tails, (len(states), 1))), axis=1)
+            tokens = self.runs(states).repeat_interleave(len(prefixes), 0)
+            tokens = torch.cat((tokens, torch.from_numpy(tails).repeat(len(states), 1)), dim=1)
             with evaluating(model):
-                logits, _ = model(torch.from_numpy(tokens).to(model.device))
+                logits, _ = model(tokens.to(model.device))
             log_p = logits[:, -self.digits :].double().log_softmax(-1)[..., : self.base].cpu().numpy()
             log_p = log_p.reshape(len(states), len(prefixes), self.digits, self.base)
             total = log_p[:, :, -1]  # (S, P, base): the last digit, given the prefix
