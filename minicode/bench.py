@@ -133,7 +133,8 @@ def bench_layer(dim, n_codes, groups):
 def bench_steps():
     """A training step of the default preset: dense, and with codebooks searched by PyTorch and by the extension."""
     steps, fsm, found, none = {}, FSM(), extension.load(), ((), "")
-    for name, sites, load in (("dense", "none", none), ("codebooks, PyTorch", "head,mlp", none), ("codebooks, extension", "head,mlp", found)):
+    cases = {"dense": ("none", none), "codebooks, PyTorch": ("head,mlp", none), "codebooks, extension": ("head,mlp", found)}
+    for name, (sites, load) in cases.items():
         config = TrainConfig(codebooks=sites)
         model = GPT(config)
         step = partial(train_step, model, model, make_optimizer(model, config), config, config.steps - 1, fsm)

@@ -289,11 +289,11 @@ def load_run(folder, device="cpu"):
     return Run(folder, config, load_model(config, folder / "model.pt", device), data, summary)
 
 
-def latest_run(root=Path("runs")):
+def latest_run():
     """The folder of the run that was written last."""
-    runs = [path.parent for path in root.glob("*/model.pt")]
+    runs = [path.parent for path in Path("runs").glob("*/model.pt")]
     if not runs:
-        raise ValueError(f"there is no run in {root}/ yet: python -m minicode.train_fsm makes one")
+        raise ValueError("there is no run in runs/ yet: python -m minicode.train_fsm makes one")
     return max(runs, key=lambda folder: (folder / "model.pt").stat().st_mtime)
 
 
