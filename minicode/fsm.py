@@ -44,6 +44,7 @@ class FSM:
         while self.base**self.digits < self.n_states:
             self.digits += 1
         self.bos, self.vocab_size, self.least_block = self.base, self.base + 1, 2 * self.digits
+        self.vocabulary = [*DIGITS[: self.base], "BOS"]  # the text of each token
         every = np.tile(np.arange(self.n_states), (self.n_states, 1))
         edges = np.random.default_rng(self.seed).permuted(every, axis=1)[:, : self.n_edges]
         self.connect(np.sort(edges, axis=1))
@@ -120,11 +121,6 @@ class FSM:
     detected = ("state", "bigram")  # what codes are compared with neurons on
     group = property(lambda self: self.digits)  # tokens that make one word
 
-    @property
-    def vocabulary(self):
-        """The text of each token."""
-        return [*DIGITS[: self.base], "BOS"]
-
     def labelled(self, rng, n, length):
         """Sequences (n, length), and what is known of each position: {kind: (labels (n, length), -1 for none, names)}.
 
@@ -139,11 +135,9 @@ class FSM:
         ends[:] = self.decode(tokens[:, 1:])[:, : ends.shape[1]]
         firsts = trigram[:, self.digits + 1 :: self.digits]
         firsts[:] = ends[:, : firsts.shape[1]] * self.base + digit[:, self.digits + 1 :: self.digits]
-        pairs = [x + y for x in DIGITS[: self.base] for y in DIGITS[: self.base]]
-        states = [self.name(s) for s in range(self.n_states)]
-        trigrams = [f"{s} {d}" for s in states for d in DIGITS[: self.base]]
-        kinds = {"state": (state, states), "trigram": (trigram, trigrams), "bigram": (bigram, pairs)}
-        return tokens, {**kinds, "digit": (digit, list(DIGITS[: self.base]))}
+        digits, states = self.vocabulary[: self.base], [self.name(s) for s in range(self.n_states)]
+        pairs, trigrams = [x + y for x in digits for y in digits], [f"{s} {d}" for s in states for d in digits]
+        return tokens, {"state": (state, states), "trigram": (trigram, trigrams), "bigram": (bigram, pairs), "digit": (digit, digits)}
 
     def prefixes(self):
         """Every state as a prompt, and every state with each first digit that may follow: tokens (n, T) each."""

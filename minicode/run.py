@@ -244,15 +244,8 @@ class Run:
         path = self.folder / "dense.pt"
         return load_model(self.config, path, self.model.device) if path.exists() else None
 
-    @property
-    def fsm(self):
-        """The machine of a run on TokFSM."""
-        return self.data
-
-    @property
-    def tokenizer(self):
-        """The tokenizer of a run on text."""
-        return self.data.tokenizer
+    fsm = property(lambda self: self.data, doc="The machine of a run on TokFSM.")
+    tokenizer = property(lambda self: self.data.tokenizer, doc="The tokenizer of a run on text.")
 
 
 def load_model(config, path, device):
