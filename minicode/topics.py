@@ -8,13 +8,14 @@ import json
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minicode.control import GENERATED, force
+from minicode.control import GENERATED, Code, force
 from minicode.measures import detect, matches, record_codes, texts
 from minicode.model import evaluating
 
@@ -110,13 +111,12 @@ def steering_table(run, recording, labels, names, n_samples=10, max_new_tokens=1
 
     free, perplexity_free = sample([])
     for name in tqdm(names, desc="steering", leave=False, disable=None):
-        sizes = {site: codebook.n_codes for site, codebook in run.model.codebooks().items()}
-        drawn = [code.rsplit(".", 1)[0] for code in codes[name]]
-        others = {f"{head}.{rng.integers(sizes['.'.join(head.split('.')[:2])])}" for head in drawn}
+        own = [Code.parse(code, run.model) for code in codes[name]]
+        others = {str(replace(code, id=rng.integers(run.model.codebooks()[code.site].n_codes))) for code in own}
         (after, perplexity), (random, _) = sample(codes[name]), sample(sorted(others))
-        before, after, random = (float(np.mean([run.data.mentions(name, text) for text in samples])) for samples in (free, after, random))
-        topics[name] = {"before": before, "after": after, "random": random, "perplexity_before": perplexity_free,
-                        "perplexity_after": perplexity, "codes": codes[name]}  # fmt: skip
+        samples = {"before": free, "after": after, "random": random}
+        shares = {when: float(np.mean([run.data.mentions(name, text) for text in some])) for when, some in samples.items()}
+        topics[name] = {**shares, "perplexity_before": perplexity_free, "perplexity_after": perplexity, "codes": codes[name]}
     measures = [measure for measure in topics[names[0]] if measure != "codes"]
     return {"topics": topics, "mean": {m: float(np.mean([topic[m] for topic in topics.values()])) for m in measures}}
 
