@@ -186,9 +186,7 @@ def open_session(config, data, folder, resume=False, overwrite=False):
         session = Session(config, data, folder, model, make_optimizer(model, config), [])
         if resume and (folder / "train_state.pt").is_file():
             load_checkpoint(session)
-    with parallel.together():
-        if parallel.rank() == 0:
-            make_run(folder, config, data, resume)
+    parallel.first(make_run, folder, config, data, resume)
     data.settle(folder)
     return session
 
@@ -232,9 +230,7 @@ def train(session):
         for step in range(session.step, config.steps):
             generator = torch.Generator(model.device).manual_seed((config.seed * 1_000_003 + step) % 2**63)
             if step == config.dense_steps and step > 0:
-                with parallel.together():
-                    if parallel.rank() == 0:  # before the codebooks change everything
-                        write_tensors(session.folder / "dense.pt", model.state_dict())
+                parallel.first(write_tensors, session.folder / "dense.pt", model.state_dict())  # before codebooks change it
                 start_codebooks(model, config, data, generator)
                 forward = parallel.wrap(fast, unused=False)
             loss = train_step(model, forward, session.optimizer, config, step, data)
@@ -248,17 +244,14 @@ def train(session):
             session.step, session.seconds = done, time.monotonic() - began
             checkpoint = done % config.checkpoint_every == 0 or done == config.steps or stopped
             if checkpoint or evaluation_is_due(config, done):
-                with parallel.together():
-                    if parallel.rank() == 0:
-                        keep(session, checkpoint)
+                parallel.first(keep, session, checkpoint)
             bar.update()
             if stopped and done < config.steps:
                 return None
             if bar.n % 10 == 0 and not bar.disable:
                 last = f"  (at {describe(session.metrics[-1])})" if session.metrics else ""
                 bar.set_postfix_str(f"loss {loss.item():.3f}{last}")
-    with parallel.together():
-        return summarise(session) if parallel.rank() == 0 else {}
+    return parallel.first(summarise, session) or {}
 
 
 def keep(session, checkpoint):
