@@ -36,10 +36,9 @@ class FSM:
     seed: int = option(0, "seed of the machine's edges", flag=False)
 
     def __post_init__(self):
-        numbers = self.n_states, self.base, self.n_edges
         if not 2 <= self.n_states <= 10_000 or not 2 <= self.base <= len(DIGITS) or not 1 <= self.n_edges <= self.n_states:
             needs = "n_states from 2 to 10,000, a base from 2 to 36, n_edges from 1 to n_states"
-            raise ValueError(f"a machine needs {needs}, not {numbers}")
+            raise ValueError(f"a machine needs {needs}, not {(self.n_states, self.base, self.n_edges)}")
         self.digits = 1  # a state's length in tokens
         while self.base**self.digits < self.n_states:
             self.digits += 1

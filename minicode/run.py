@@ -197,8 +197,7 @@ def check_run(folder, config, data, resume=False, overwrite=False):
         saved = read_json(folder / "config.json", config_from_json)
         free = ("device", "compile", "accumulate")
         differ = [name for name, value in asdict(config).items() if value != getattr(saved, name) and name not in free]
-        begun = (folder / data.file).is_file()  # else it was killed before
-        if begun and read_data(folder) != data:
+        if (folder / data.file).is_file() and read_data(folder) != data:  # without the file it was killed before
             differ.append("its data")
         if differ:
             raise ValueError(f"the run in {folder} has other settings than these: {', '.join(differ)}")
