@@ -4,9 +4,8 @@ An idea is the default with some flags, or with a few lines of it replaced. Half
 the whole takes about an hour and a half on one core; stopped, it goes on with the run it was at.
 """
 
-import argparse
 import json
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -41,7 +40,7 @@ def rotation(self, a, q):
     return q + (out - out.detach())
 
 
-def start_at_random(self, inputs, generator=None, start=Codebook.start):
+def start_at_random(self, inputs, generator=None):
     """start without k-means: codes are inputs, drawn at random."""
     chosen = torch.randperm(len(inputs), generator=generator, device=inputs.device)[: self.n_codes]
     with torch.no_grad():
@@ -89,29 +88,23 @@ COLUMNS = ("loss", "transition_accuracy", "dead_code_fraction", "control_mlp")
 
 def train(idea, folder, flags):
     """Trains an idea in a folder, or goes on with it; returns its figures, control by all MLPs among them."""
-    methods = IDEAS[idea] if isinstance(IDEAS[idea], dict) else {}
-    with ExitStack() as stack:
-        for name, method in methods.items():
-            stack.enter_context(mock.patch.object(Codebook, name, method))
-        if not (folder / "ablation.json").exists():
-            more = [] if methods else IDEAS[idea].split()
-            again = ["--overwrite"] if (folder / "config.json").exists() else []
-            status = train_fsm(["--out", str(folder), *flags, *more, *again])
-            if status:
+    change, path = IDEAS[idea], folder / "ablation.json"
+    if not path.exists():
+        flags = flags + change.split() if isinstance(change, str) else flags
+        again = ["--overwrite"] if (folder / "config.json").exists() else []
+        with mock.patch.multiple(Codebook, **change) if isinstance(change, dict) else nullcontext():
+            if status := train_fsm(["--out", str(folder), *flags, *again]):
                 raise SystemExit(status)
             run = load_run(folder)
             mlps = [site for site in run.model.codebooks() if site.startswith("mlp.")]
             (a, b), generator = run.fsm.pairs(), torch.Generator().manual_seed(0)
             control = run.fsm.control(run.model, run.fsm.runs(a), b, run.fsm.copy_codes(run.model, mlps), generator)
-            write(folder / "ablation.json", json.dumps({**run.summary, "control_mlp": control["control"]}))
-    return json.loads((folder / "ablation.json").read_text())
+            write(path, json.dumps({**run.summary, "control_mlp": control["control"]}))
+    return json.loads(path.read_text())
 
 
 def main(argv=None):
-    parser = Parser(
-        prog="python -m minicode.ablate", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser("ablate", __doc__)
     parser.add_argument("ideas", nargs="*", metavar="IDEA", help=f"which (default: all): {', '.join(IDEAS)}")
     parser.add_argument("--out", type=Path, default=Path("runs/ablate"), help="folder of the runs (default: runs/ablate)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each (default: 3)")

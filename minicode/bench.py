@@ -6,8 +6,10 @@ peak is this machine's own: what torch reaches on one large square matmul.
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import numpy as np
 import torch
@@ -130,25 +132,19 @@ def bench_layer(dim, n_codes, groups):
 
 def bench_steps():
     """A training step of the default preset: dense, and with codebooks searched by PyTorch and by the extension."""
-    steps, fsm, load = {}, FSM(), extension.load
-    for name, found in (("dense", None), ("codebooks, PyTorch", ((), "")), ("codebooks, extension", load())):
-        config = TrainConfig(codebooks="none" if found is None else "head,mlp")
+    steps, fsm, found, none = {}, FSM(), extension.load(), ((), "")
+    cases = {"dense": ("none", none), "codebooks, PyTorch": ("head,mlp", none), "codebooks, extension": ("head,mlp", found)}
+    for name, (sites, load) in cases.items():
+        config = TrainConfig(codebooks=sites)
         model = GPT(config)
-
-        def step(model=model, optimizer=make_optimizer(model, config), config=config, found=found):
-            extension.load = lambda: found
-            train_step(model, model, optimizer, config, config.steps - 1, fsm)
-
-        steps[name] = step
-    try:
-        times = timed(steps, 21)
-    finally:
-        extension.load = load
+        step = partial(train_step, model, model, make_optimizer(model, config), config, config.steps - 1, fsm)
+        steps[name] = mock.patch.object(extension, "load", lambda load=load: load)(step)
+    times = timed(steps, 21)
     return {name: {**t, "times_dense": t["ms"] / times["dense"]["ms"]} for name, t in times.items()}
 
 
 def main(argv=None):
-    parser = Parser(prog="python -m minicode.bench", description=__doc__, allow_abbrev=False)
+    parser = Parser("bench", __doc__)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args(argv)
     torch.manual_seed(0)

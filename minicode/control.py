@@ -6,8 +6,9 @@ meant: mlp.1.527, head.0.3.12@4, mlp.1.527@-1 (from the end of the prompt). As i
 
 import operator
 import re
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -76,20 +77,15 @@ def record(model):
     """
     codes = {}
 
-    def keep(name, codebook):
+    def keep(name, codebook, inputs, output):
         if codebook.enabled:
             past = [codes[name]] if model.span.start and name in codes else []
             codes[name] = torch.cat([*past, codebook.ids], dim=1)
 
-    hooks = [
-        codebook.register_forward_hook(lambda codebook, inputs, output, name=name: keep(name, codebook))
-        for name, codebook in model.codebooks().items()
-    ]
-    try:
+    with ExitStack() as stack:
+        for name, codebook in model.codebooks().items():
+            stack.enter_context(codebook.register_forward_hook(partial(keep, name)))
         yield codes
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def chosen(model, tokens):

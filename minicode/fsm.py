@@ -29,20 +29,21 @@ class FSM:
     most_block: ClassVar = math.inf  # tokens in a block, for there is no end to the data
     sample_length: ClassVar = 24  # tokens of a sample
     between: ClassVar = "\n"  # samples
+    demonstration: ClassVar = " --force-code"  # what minicode.sample then needs
     n_states: int = option(100, "states of the machine")
     n_edges: int = option(10, "successors of a state, all equally probable")
     base: int = option(10, "base in which a state is written, 2 to 36")
     seed: int = option(0, "seed of the machine's edges", flag=False)
 
     def __post_init__(self):
-        numbers = self.n_states, self.base, self.n_edges
         if not 2 <= self.n_states <= 10_000 or not 2 <= self.base <= len(DIGITS) or not 1 <= self.n_edges <= self.n_states:
             needs = "n_states from 2 to 10,000, a base from 2 to 36, n_edges from 1 to n_states"
-            raise ValueError(f"a machine needs {needs}, not {numbers}")
+            raise ValueError(f"a machine needs {needs}, not {(self.n_states, self.base, self.n_edges)}")
         self.digits = 1  # a state's length in tokens
         while self.base**self.digits < self.n_states:
             self.digits += 1
         self.bos, self.vocab_size, self.least_block = self.base, self.base + 1, 2 * self.digits
+        self.vocabulary = [*DIGITS[: self.base], "BOS"]  # the text of each token
         every = np.tile(np.arange(self.n_states), (self.n_states, 1))
         edges = np.random.default_rng(self.seed).permuted(every, axis=1)[:, : self.n_edges]
         self.connect(np.sort(edges, axis=1))
@@ -119,11 +120,6 @@ class FSM:
     detected = ("state", "bigram")  # what codes are compared with neurons on
     group = property(lambda self: self.digits)  # tokens that make one word
 
-    @property
-    def vocabulary(self):
-        """The text of each token."""
-        return [*DIGITS[: self.base], "BOS"]
-
     def labelled(self, rng, n, length):
         """Sequences (n, length), and what is known of each position: {kind: (labels (n, length), -1 for none, names)}.
 
@@ -138,11 +134,9 @@ class FSM:
         ends[:] = self.decode(tokens[:, 1:])[:, : ends.shape[1]]
         firsts = trigram[:, self.digits + 1 :: self.digits]
         firsts[:] = ends[:, : firsts.shape[1]] * self.base + digit[:, self.digits + 1 :: self.digits]
-        pairs = [x + y for x in DIGITS[: self.base] for y in DIGITS[: self.base]]
-        states = [self.name(s) for s in range(self.n_states)]
-        trigrams = [f"{s} {d}" for s in states for d in DIGITS[: self.base]]
-        kinds = {"state": (state, states), "trigram": (trigram, trigrams), "bigram": (bigram, pairs)}
-        return tokens, {**kinds, "digit": (digit, list(DIGITS[: self.base]))}
+        digits, states = self.vocabulary[: self.base], [self.name(s) for s in range(self.n_states)]
+        pairs, trigrams = [x + y for x in digits for y in digits], [f"{s} {d}" for s in states for d in digits]
+        return tokens, {"state": (state, states), "trigram": (trigram, trigrams), "bigram": (bigram, pairs), "digit": (digit, digits)}
 
     def prefixes(self):
         """Every state as a prompt, and every state with each first digit that may follow: tokens (n, T) each."""
@@ -192,10 +186,10 @@ class FSM:
         tails = self.encode(prefixes)[:, 1:]  # (P, digits - 1): all but the last digit of the next state
         tables = []
         for states in np.array_split(np.arange(self.n_states), max(1, self.n_states * len(prefixes) // 2000)):
-            heads = np.concatenate((np.full((len(states), 1), self.bos), self.encode(states)), axis=1)
-            tokens = np.concatenate((heads.repeat(len(prefixes), 0), np.tile(tails, (len(states), 1))), axis=1)
+            tokens = self.runs(states).repeat_interleave(len(prefixes), 0)
+            tokens = torch.cat((tokens, torch.from_numpy(tails).repeat(len(states), 1)), dim=1)
             with evaluating(model):
-                logits, _ = model(torch.from_numpy(tokens).to(model.device))
+                logits, _ = model(tokens.to(model.device))
             log_p = logits[:, -self.digits :].double().log_softmax(-1)[..., : self.base].cpu().numpy()
             log_p = log_p.reshape(len(states), len(prefixes), self.digits, self.base)
             total = log_p[:, :, -1]  # (S, P, base): the last digit, given the prefix

@@ -5,7 +5,6 @@
     python -m minicode.interpret --code mlp.1.527        where a code fires, in context
 """
 
-import argparse
 import json
 import re
 from pathlib import Path
@@ -26,10 +25,7 @@ from minicode.run import Parser, latest_run, load_run, write
 
 
 def main(argv=None):
-    parser = Parser(
-        prog="python -m minicode.interpret", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser("interpret", __doc__)
     parser.add_argument("--run", type=Path, help="folder of the run (default: the newest in runs/)")
     parser.add_argument("--search", metavar="REGEX", help="list the codes that detect where the pattern, or its first bracket, ends")
     parser.add_argument("--precision", type=float, default=0.5, help="the least that --search lists (default: 0.5)")
@@ -96,21 +92,20 @@ def look_up(run, recording, kinds, code, most=20, reach=8):
     share = recording.count[number] / recording.tokens.size
     text = [f"{code} fires at {recording.count[number]} of {recording.tokens.size:,} positions ({share:.2%})"]
     text += [f"best described as {kind} {name}: precision {precision:.3f}, recall {recall:.3f}", "in context:"]
-    text += [f"  {context!r}"[:-1].replace("'", "", 1) for context in contexts]
+    text += [f"  {repr(context)[1:-1]}" for context in contexts]
     return result, "\n".join([*text, "when it is forced, next: " + "  ".join(f"{word!r} {q:.2f}" for word, q in after)])
 
 
 def study(run, recording, kinds, other, folder):
     """Every measure that there is for this run: interpret.json, report.html and the tables."""
-    data, is_fsm = run.data, isinstance(run.data, FSM)
+    data = run.data
     result = {"run": str(run.folder), "tokens": int(recording.tokens.size), "usage": usage(recording)}
     detectors = result["detectors"] = codes_against_neurons(run, recording, [kinds[kind] for kind in data.detected])
     points, labels = detectors.pop("points"), best_labels(recording, kinds)
-    if is_fsm:
+    if isinstance(data, FSM):
         result["purity"] = dict(zip(("bigram", "trigram"), (purity(run.model, prompts) for prompts in data.prefixes())))
         found = detect(recording, *kinds["state"])
-        good = np.minimum(found.precision, found.recall).max(0) >= 0.95
-        detectors["states_with_code"] = float(good.mean())
+        detectors["states_with_code"] = float((np.minimum(found.precision, found.recall).max(0) >= 0.95).mean())
         result["control"] = control_study(run)
     if "topic" in kinds:
         result["steering"] = topics.steering_table(run, recording, *kinds["topic"])
@@ -121,65 +116,57 @@ def study(run, recording, kinds, other, folder):
     if other:
         theirs = record_codes(other.model, recording.tokens)
         result["seeds"] = {"with": str(other.folder), **agreement(recording, theirs, np.random.default_rng(0))}
-    drawn = draw(result, recording, points)
+    drawn = draw(result, points)
     write(run.folder / "interpret.json", json.dumps(result, indent=1))
     write_report(run.folder / "report.html", page(run, recording, labels, result, drawn))
-    for name, figure in drawn.items() if folder else ():
-        write(folder / f"{name}.svg", figure["svg"])
+    for name, (svg, _) in drawn.items() if folder else ():
+        write(folder / f"{name}.svg", svg)
     return result, describe(result, run.folder)
 
 
 def usage(recording):
     """By site: the share of codes that never fire here, and the perplexity: as many codes in even use."""
-    sites = {}
-    for code, count in zip(recording.names, recording.count):
-        sites.setdefault(code.site, {}).setdefault(code.group, []).append(int(count))
-    return {
-        site: {
-            "dead_code_fraction": float(np.mean([count == 0 for counts in groups.values() for count in counts])),
-            "perplexity": float(perplexity(torch.tensor(list(groups.values()), dtype=torch.float64)).mean()),
-            "codes": sum(map(len, groups.values())),
-        }
-        for site, groups in sites.items()
-    }
+    sites, counts = {}, torch.from_numpy(recording.count).double()
+    for site in dict(recording.columns):
+        c = recording.model.codebooks()[site]
+        here, counts = counts[: c.groups * c.n_codes].view(c.groups, -1), counts[c.groups * c.n_codes :]
+        dead = (here == 0).double().mean().item()
+        sites[site] = {"dead_code_fraction": dead, "perplexity": perplexity(here).mean().item(), "codes": here.numel()}
+    return sites
 
 
-def draw(result, recording, points):
-    """The figures, by name: {"svg", "caption"}."""
+def draw(result, points):
+    """The figures, by name: (svg, caption)."""
     sites, drawn = result["usage"], {}
     alive = [[round(u["codes"] * (1 - u["dead_code_fraction"])) for u in sites.values()], [u["codes"] for u in sites.values()]]
-    drawn["usage"] = {
-        "svg": figures.bars(list(sites), ["fire", "there are"], alive, title="Codes in use, by site", y="codes"),
-        "caption": f"How many of the codes of a site fire at least once in {result['tokens']:,} tokens. At a site head.L: of all heads of layer L.",
-    }
+    svg = figures.bars(list(sites), ["fire", "there are"], alive, title="Codes in use, by site", y="codes")
+    about = f"How many of the codes of a site fire at least once in {result['tokens']:,} tokens."
+    drawn["usage"] = svg, f"{about} At a site head.L: of all heads of layer L."
     if "purity" in result:
-        layers = [f"layer {i}" for i in range(len(result["purity"]["bigram"]))]
-        drawn["purity"] = {
-            "svg": figures.bars(layers, list(result["purity"]), list(result["purity"].values()), title="Purity of MLP codes, by layer",
-                                y="purity", cover=(0, 1)),
-            "caption": "Share of the MLP's codes in use that fire on one bigram (a state) or trigram (a state and a digit) only.",
-        }  # fmt: skip
-    drawn["detectors"] = {
-        "svg": figures.scatter([p[:2] for p in points], title="Codes against neurons as detectors", x="precision of the best neuron",
-                               y="precision of the best code", diagonal=True, cover=(0, 1)),
-        "caption": "A point for each feature: the precision of the code that detects it best, and of the best neuron with its threshold "
-                   "at the same recall. Above the line the code is the better detector.",
-    }  # fmt: skip
+        names, values = list(result["purity"]), list(result["purity"].values())
+        layers = [f"layer {i}" for i in range(len(values[0]))]
+        svg = figures.bars(layers, names, values, title="Purity of MLP codes, by layer", y="purity", cover=(0, 1))
+        drawn["purity"] = svg, "Share of the MLP's codes in use that fire on one bigram (a state) or trigram (a state and a digit) only."
+    svg = figures.scatter([p[:2] for p in points], title="Codes against neurons as detectors", x="precision of the best neuron",
+                          y="precision of the best code", diagonal=True, cover=(0, 1))  # fmt: skip
+    drawn["detectors"] = svg, (
+        "A point for each feature: the precision of the code that detects it best, and of the best neuron with its threshold "
+        "at the same recall. Above the line the code is the better detector."
+    )
     if "control" in result:
         ways, wheres = list(result["control"]), ["first", "inside"]
         values, errors = ([[result["control"][w][where][name] for w in ways] for where in wheres] for name in ("control", "control_ci"))
-        drawn["control"] = {
-            "svg": figures.bars(ways, wheres, values, errors, title="Control, by what is forced", x="control", horizontal=True, cover=(0, 1)),
-            "caption": "Share of next states that follow the state b, after an intervention in a run that is in another state: at its first "
-                       "state, and inside a long sequence. Random and wrong codes must do no better than nothing at all (none).",
-        }  # fmt: skip
+        svg = figures.bars(ways, wheres, values, errors, title="Control, by what is forced", x="control", horizontal=True, cover=(0, 1))
+        drawn["control"] = svg, (
+            "Share of next states that follow the state b, after an intervention in a run that is in another state: at its first "
+            "state, and inside a long sequence. Random and wrong codes must do no better than nothing at all (none)."
+        )
     if "steering" in result:
-        shares = [[row[measure] for row in result["steering"]["topics"].values()] for measure in ("before", "after", "random")]
-        drawn["steering"] = {
-            "svg": figures.bars(list(result["steering"]["topics"]), ["before", "after", "random codes"], shares, horizontal=True, cover=(0, 1),
-                                title="Steering by topic", x="share of texts that mention the topic"),
-            "caption": "Generated texts that mention a topic: left alone, with its codes forced, and with as many random codes.",
-        }  # fmt: skip
+        rows = result["steering"]["topics"]
+        shares = [[row[measure] for row in rows.values()] for measure in ("before", "after", "random")]
+        svg = figures.bars(list(rows), ["before", "after", "random codes"], shares, horizontal=True, cover=(0, 1),
+                           title="Steering by topic", x="share of texts that mention the topic")  # fmt: skip
+        drawn["steering"] = svg, "Generated texts that mention a topic: left alone, with its codes forced, and with as many random codes."
     return drawn
 
 
@@ -196,7 +183,8 @@ def page(run, recording, labels, result, drawn, n_contexts=6):
     used = sorted({place // recording.tokens.shape[1] for row in rows for place in row[5]})
     return {
         "title": str(run.folder), "about": f"{run.data}. Codes recorded on {recording.tokens.size:,} tokens that it was not trained on.",
-        "measures": measures(result), "figures": list(drawn.values()), "vocab": run.data.vocabulary, "group": run.data.group,
+        "measures": measures(result),
+        "figures": [{"svg": svg, "caption": caption} for svg, caption in drawn.values()], "vocab": run.data.vocabulary, "group": run.data.group,
         "length": recording.tokens.shape[1], "tokens": recording.tokens[: used[-1] + 1].ravel().tolist(), "codes": rows,
         "free": top(np.mean(list(after.values()), axis=0)),
     }  # fmt: skip

@@ -6,7 +6,7 @@ them with neurons; `control_study` forces codes, and what could pass for them; `
 
 import math
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from minicode.control import Code, chosen, force, random_codes, record
 from minicode.model import evaluating
 
-N_SEEDS = 5  # of the samples by which control is measured
+N_SEEDS, STUDENTS_T = 5, 2.776  # samples by which control is measured, and the t of so many for a 95 % interval
 
 
 @dataclass
@@ -67,7 +67,6 @@ def record_codes(model, tokens, folder=None):
 class Detectors:
     """Codes as detectors of labels: precision, recall and F1, (codes, labels) each."""
 
-    names: list
     precision: np.ndarray
     recall: np.ndarray
     f1: np.ndarray
@@ -86,7 +85,7 @@ def detect(recording, labels, names):
     both = np.bincount(pairs.ravel(), minlength=len(recording.names) * n_labels).reshape(-1, n_labels)
     total = np.bincount(flat[known], minlength=n_labels)
     precision, recall = both / np.maximum(recording.count, 1)[:, None], both / np.maximum(total, 1)
-    return Detectors(names, precision, recall, 2 * both / np.maximum(recording.count[:, None] + total, 1), total)
+    return Detectors(precision, recall, 2 * both / np.maximum(recording.count[:, None] + total, 1), total)
 
 
 def best_labels(recording, kinds):
@@ -139,14 +138,13 @@ def purity(model, prompts):
 def neurons(model, tokens):
     """Activations (N, units): of the MLPs' hidden layers, and of what reaches the sites with codebooks."""
     values = []
-    modules = [c for c in model.codebooks().values()] + [block.mlp.mlp_mid_codebook for block in model.h]
-    hooks = [m.register_forward_pre_hook(lambda m, args: values[-1].append(args[0].flatten(0, 1))) for m in dict.fromkeys(modules)]
-    for part in torch.from_numpy(tokens).to(model.device).split(64):
-        values.append([])
-        with evaluating(model):
+    modules = [*model.codebooks().values(), *(block.mlp.mlp_mid_codebook for block in model.h)]
+    with ExitStack() as stack, evaluating(model):
+        for module in dict.fromkeys(modules):
+            stack.enter_context(module.register_forward_pre_hook(lambda m, args: values[-1].append(args[0].flatten(0, 1))))
+        for part in torch.from_numpy(tokens).to(model.device).split(64):
+            values.append([])
             model(part)
-    for hook in hooks:
-        hook.remove()
     return torch.cat([torch.cat(parts, dim=1) for parts in values])
 
 
@@ -177,8 +175,8 @@ def codes_against_neurons(run, recording, kinds, n_positions=2**15):
         precision = best_neurons(values, torch.from_numpy(flat), [(label, found.recall[code, label]) for label, code in best])
         points += [(float(p), float(found.precision[code, label]), names[label]) for p, (label, code) in zip(precision, best)]
     neuron, code = np.array([point[:2] for point in points] or [[0.0, 0.0]]).T  # none: no label occurs, or no code fires on one
-    result = {"code_precision": code.mean(), "neuron_precision": neuron.mean(), "code_wins": (code > neuron).mean()}
-    return {**{name: float(value) for name, value in result.items()}, "points": points}
+    wins = float((code > neuron).mean())
+    return {"code_precision": float(code.mean()), "neuron_precision": float(neuron.mean()), "code_wins": wins, "points": points}
 
 
 # -- what a code does
@@ -213,14 +211,9 @@ def forced_distributions(recording, numbers, n_contexts=16, batch=32):
     return result
 
 
-@contextmanager
 def shift(module, delta, position):
     """Within the block, delta (B, n) is added to a module's output (B, T, n) at one position."""
-    hook = module.register_forward_hook(lambda m, args, out: out.index_add(1, torch.tensor([position]), delta.unsqueeze(1)))
-    try:
-        yield
-    finally:
-        hook.remove()
+    return module.register_forward_hook(lambda m, args, out: out.index_add(1, torch.tensor([position]), delta.unsqueeze(1)))
 
 
 def add_mean_difference(fsm, model, layer, rng):
@@ -230,10 +223,8 @@ def add_mean_difference(fsm, model, layer, rng):
     def means(tails):  # (n, t) tokens that end a run -> (n, n_embd)
         tails, which = tails.cpu().unique(dim=0, return_inverse=True)
         outputs = []
-        hook = model.h[layer].register_forward_hook(lambda m, args, out: outputs.append(out[:, -1]))
-        with evaluating(model):
+        with evaluating(model), model.h[layer].register_forward_hook(lambda m, args, out: outputs.append(out[:, -1])):
             model(torch.cat((contexts.repeat(len(tails), 1), tails.repeat_interleave(len(contexts), 0)), 1).to(model.device))
-        hook.remove()
         return outputs[0].view(len(tails), len(contexts), -1).mean(1)[which]
 
     def intervene(tokens, b_run):
@@ -279,19 +270,16 @@ def control_study(run, n_pairs=400):
     for way in result.values():
         for where, row in way.items():
             row["normalised_jsd"] = row["jsd"] / result["none"][where]["jsd"]
-    shifts = {name: way for name, way in result.items() if name.startswith("mean_difference.")}
-    if shifts:
-        best = max(shifts, key=lambda name: shifts[name]["first"]["control"])
-        result = {name: way for name, way in result.items() if name not in shifts}
-        result["mean_difference"] = {**shifts[best], "layer": int(best.split(".")[1])}
+    if run.dense:
+        shifts = [{**result.pop(f"mean_difference.{i}"), "layer": i} for i in range(len(run.dense.h))]
+        result["mean_difference"] = max(shifts, key=lambda way: way["first"]["control"])
     return result
 
 
 def interval(rows):
     """{"control", ...: the mean over rows, "control_ci", ...: half the width of its 95 % confidence interval}."""
-    t = {3: 4.303, 5: 2.776}[len(rows)]
     values = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-    cis = {f"{name}_ci": float(t * v.std(ddof=1) / len(v) ** 0.5) for name, v in values.items()}
+    cis = {f"{name}_ci": float(STUDENTS_T * v.std(ddof=1) / len(v) ** 0.5) for name, v in values.items()}
     return {**{name: float(v.mean()) for name, v in values.items()}, **cis}
 
 

@@ -96,3 +96,9 @@ def together():
         error = next(filter(None, errors), None)
     if error:
         raise error
+
+
+def first(work, *arguments):
+    """What rank 0 alone does: work(*arguments), or None on the others. What goes wrong there goes wrong on all ranks."""
+    with together():
+        return work(*arguments) if rank() == 0 else None

@@ -84,6 +84,10 @@ def given(args, cls):
 class Parser(argparse.ArgumentParser):
     """A user's mistake ends the command with one line, however many processes make it, and exit status 2."""
 
+    def __init__(self, name, about):
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=f"python -m minicode.{name}", description=about, allow_abbrev=False, formatter_class=layout)
+
     def exit(self, status=0, message=None):
         super().exit(status, message if parallel.rank() == 0 else None)
 
@@ -193,8 +197,7 @@ def check_run(folder, config, data, resume=False, overwrite=False):
         saved = read_json(folder / "config.json", config_from_json)
         free = ("device", "compile", "accumulate")
         differ = [name for name, value in asdict(config).items() if value != getattr(saved, name) and name not in free]
-        begun = (folder / data.file).is_file()  # else it was killed before
-        if begun and read_data(folder) != data:
+        if (folder / data.file).is_file() and read_data(folder) != data:  # without the file it was killed before
             differ.append("its data")
         if differ:
             raise ValueError(f"the run in {folder} has other settings than these: {', '.join(differ)}")
@@ -240,15 +243,8 @@ class Run:
         path = self.folder / "dense.pt"
         return load_model(self.config, path, self.model.device) if path.exists() else None
 
-    @property
-    def fsm(self):
-        """The machine of a run on TokFSM."""
-        return self.data
-
-    @property
-    def tokenizer(self):
-        """The tokenizer of a run on text."""
-        return self.data.tokenizer
+    fsm = property(lambda self: self.data, doc="The machine of a run on TokFSM.")
+    tokenizer = property(lambda self: self.data.tokenizer, doc="The tokenizer of a run on text.")
 
 
 def load_model(config, path, device):
@@ -285,11 +281,11 @@ def load_run(folder, device="cpu"):
     return Run(folder, config, load_model(config, folder / "model.pt", device), data, summary)
 
 
-def latest_run(root=Path("runs")):
+def latest_run():
     """The folder of the run that was written last."""
-    runs = [path.parent for path in root.glob("*/model.pt")]
+    runs = [path.parent for path in Path("runs").glob("*/model.pt")]
     if not runs:
-        raise ValueError(f"there is no run in {root}/ yet: python -m minicode.train_fsm makes one")
+        raise ValueError("there is no run in runs/ yet: python -m minicode.train_fsm makes one")
     return max(runs, key=lambda folder: (folder / "model.pt").stat().st_mtime)
 
 
@@ -302,7 +298,3 @@ def read_metrics(folder, up_to=math.inf):
         return [line for line in metrics if line["step"] <= up_to]
     except Exception as error:
         raise ValueError(f"{path} is damaged: {one_line(error)}") from None
-
-
-def write_metrics(folder, metrics):
-    write(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in metrics))

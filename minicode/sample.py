@@ -7,7 +7,6 @@
     --force-code                 alone: the demonstration. A run in one state is made to act as if in another.
 """
 
-import argparse
 import json
 from functools import partial
 from pathlib import Path
@@ -22,10 +21,7 @@ from minicode.topics import expand
 
 
 def main(argv=None):
-    parser = Parser(
-        prog="python -m minicode.sample", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser("sample", __doc__)
     parser.add_argument("--run", type=Path, help="folder of the run (default: the newest in runs/)")
     parser.add_argument("--prompt", help="states to start from, as digits: 38, or 38 07; or a text (default: none; the demonstration: any)")
     parser.add_argument("--num-samples", type=int, default=5, help="(default: 5)")
@@ -105,6 +101,8 @@ def demonstrate(run, args):
     everywhere, target = fsm.copy_codes(model, sites), np.full(len(many), b)
     steered, _ = fsm.steer(model, many, target, everywhere, generator, args.temperature, args.top_k)
     steered = model.generate(steered, n_new - fsm.digits, args.temperature, args.top_k, generator)
+    own = chosen(model, fsm.runs([b])).items()  # what a run in b chooses at its last digit
+    forced = [Code(site, group, int(i), prompt.shape[1] - 1) for site, ids in own for group, row in enumerate(ids[0]) for i in row]
     every_a, every_b = fsm.pairs()
 
     def control(intervene):
@@ -115,20 +113,13 @@ def demonstrate(run, args):
         "state": fsm.name(b),
         "samples": [fsm.show(row) for row in steered.numpy()],
         "samples_free": [fsm.show(row) for row in free.numpy()],
-        "forced": codes_of(fsm, model, b, prompt.shape[1] - 1),
+        "forced": list(map(str, forced)),
         "control_before": control(fsm.copy_codes(model, [])),
         "control_after": control(everywhere),
         "control_mlp": control(fsm.copy_codes(model, [site for site in sites if site.startswith("mlp.")])),
         "control_random_codes": control(fsm.copy_codes(model, sites, partial(random_codes, model, generator))),
         "transition_accuracy": fsm.transition_accuracy(model, generator),
     }
-
-
-def codes_of(fsm, model, state, position):
-    """What a run in a state chooses at its last digit, as codes to force at a position."""
-    codes = chosen(model, fsm.runs([state])).items()
-    slots = [(site, group, code) for site, ids in codes for group, row in enumerate(ids[0]) for code in row]
-    return [str(Code(site, group, int(code), position)) for site, group, code in slots]
 
 
 def describe(fsm, result):

@@ -15,8 +15,8 @@ AN = re.compile(r"(?<=\b[Aa]) (?=[aeiou])")  # where an n is missing
 class Stories:
     """The grammar in stories.txt: an endless list of stories, each known by its number."""
 
-    def __init__(self, path=Path(__file__).with_name("stories.txt")):
-        text = re.sub(r"^#.*\n", "", path.read_text(), flags=re.M)
+    def __init__(self):
+        text = re.sub(r"^#.*\n", "", Path(__file__).with_name("stories.txt").read_text(), flags=re.M)
         sections = dict(re.findall(r"^\[(.*)\]\n([^\[]*)", text, flags=re.M))
         paragraphs = {name: [part.split("\n") for part in re.split(r"\n\n+", body.strip())] for name, body in sections.items()}
         self.words = _words(paragraphs["words"][0])
@@ -82,7 +82,4 @@ def _words(lines):
     return {name: re.split(r" *\| *", words) for name, words in map(_halves, lines)}
 
 
-@cache
-def stories():
-    """The stories, read once."""
-    return Stories()
+stories = cache(Stories)  # so that the grammar is read once

@@ -129,6 +129,7 @@ class Text:
     sample_length: ClassVar = 100
     group: ClassVar = 0  # tokens that make one word; 0: each token has its own spaces
     between: ClassVar = "\n\n---\n\n"  # samples
+    demonstration: ClassVar = ""
     data: list | None = option(None, "files or folders of UTF-8 text; without: stories, made on the spot", nargs="+")
     vocab: int = option(2048, "tokens in the vocabulary, at most: 257, and the most frequent words")
     pieces: list | None = option(None, "those words", flag=False)
@@ -144,6 +145,7 @@ class Text:
             self._count()
         self.tokenizer = Tokenizer(self.pieces)
         self.vocab_size = self.tokenizer.vocab_size
+        self.vocabulary = [self.tokenizer.decode([token]) for token in range(self.vocab_size)]  # the text of each token
         self.most_block = math.inf if self.data is None else min(self.n_tokens) - 1
         self.detected = ("word", "after") if self.data else ("topic",)  # what codes are compared with neurons on
         self.topics = [] if self.data else list(stories().topics)
@@ -260,11 +262,6 @@ class Text:
         return tuple(np.array(row[: n * length]).reshape(n, length) for row in (tokens, labels))
 
     # -- people, measures, files
-
-    @property
-    def vocabulary(self):
-        """The text of each token."""
-        return [self.tokenizer.decode([token]) for token in range(self.vocab_size)]
 
     def mentions(self, topic, text):
         """Whether a text mentions a topic of the stories, in so many words."""

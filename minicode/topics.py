@@ -8,14 +8,15 @@ import json
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minicode.control import GENERATED, force
-from minicode.measures import detect, record_codes, texts
+from minicode.control import GENERATED, Code, force
+from minicode.measures import detect, matches, record_codes, texts
 from minicode.model import evaluating
 
 N_SEQUENCES = 512  # that codes are recorded on
@@ -49,17 +50,10 @@ def find_codes(recording, labels, names):
 
 def near(rows, word):
     """Labels (n, T): 0 on the NEAR tokens up to each mention of a word, -1 elsewhere."""
-    labels, pattern = np.full((len(rows), len(rows[0])), -1), mention(word)
-    for row, pieces in zip(labels, rows):
-        ends = np.cumsum([len(piece) for piece in pieces])
-        for match in pattern.finditer("".join(pieces)):
-            at = np.searchsorted(ends, match.end())
-            row[max(0, at - NEAR + 1) : at + 1] = 0
+    labels = matches(rows, re.compile(rf"\b{re.escape(word)}\b", re.I))
+    for row, at in np.argwhere(labels == 0):
+        labels[row, max(0, at - NEAR + 1) : at + 1] = 0
     return labels
-
-
-def mention(word):
-    return re.compile(rf"\b{re.escape(word)}\b", re.I)
 
 
 def expand(run, text):
@@ -117,13 +111,12 @@ def steering_table(run, recording, labels, names, n_samples=10, max_new_tokens=1
 
     free, perplexity_free = sample([])
     for name in tqdm(names, desc="steering", leave=False, disable=None):
-        sizes = {site: codebook.n_codes for site, codebook in run.model.codebooks().items()}
-        drawn = [code.rsplit(".", 1)[0] for code in codes[name]]
-        others = {f"{head}.{rng.integers(sizes['.'.join(head.split('.')[:2])])}" for head in drawn}
+        own = [Code.parse(code, run.model) for code in codes[name]]
+        others = {str(replace(code, id=rng.integers(run.model.codebooks()[code.site].n_codes))) for code in own}
         (after, perplexity), (random, _) = sample(codes[name]), sample(sorted(others))
-        before, after, random = (float(np.mean([run.data.mentions(name, text) for text in samples])) for samples in (free, after, random))
-        topics[name] = {"before": before, "after": after, "random": random, "perplexity_before": perplexity_free,
-                        "perplexity_after": perplexity, "codes": codes[name]}  # fmt: skip
+        samples = {"before": free, "after": after, "random": random}
+        shares = {when: float(np.mean([run.data.mentions(name, text) for text in some])) for when, some in samples.items()}
+        topics[name] = {**shares, "perplexity_before": perplexity_free, "perplexity_after": perplexity, "codes": codes[name]}
     measures = [measure for measure in topics[names[0]] if measure != "codes"]
     return {"topics": topics, "mean": {m: float(np.mean([topic[m] for topic in topics.values()])) for m in measures}}
 

@@ -26,7 +26,7 @@ from minicode.fsm import FSM
 from minicode.model import GPT, evaluating
 from minicode.run import (
     Parser, TrainConfig, add_flags, check_run, check_tensors, given, load_run, make_run, one_line, read_metrics, read_tensors,
-    write, write_metrics, write_tensors,
+    write, write_tensors,
 )  # fmt: skip
 from minicode.text import Text
 
@@ -76,10 +76,9 @@ def start_codebooks(model, config, data, generator):
     for codebook in tqdm(model.codebooks().values(), desc="k-means", leave=False, disable=None):
         n_inputs, inputs = 32 * max(codebook.n_codes, 1024), []
         hook = codebook.register_forward_pre_hook(lambda module, args: inputs.append(args[0].flatten(0, -2)))
-        with evaluating(model):
+        with evaluating(model), hook:
             while sum(map(len, inputs)) < n_inputs:
                 model(batch(config, data, model.device, 1, len(inputs))[0])
-        hook.remove()
         codebook.enabled = True
         codebook.start(torch.cat(inputs)[:n_inputs], generator=generator)
 
@@ -135,10 +134,8 @@ def evaluate(model, data, seed, n):
     if counts:
         dead = {name: (count == 0).float() for name, count in counts.items()}
         result["dead_code_fraction"] = torch.cat([d.flatten() for d in dead.values()]).mean().item()
-        result["sites"] = {
-            name: {"dead_code_fraction": dead[name].mean().item(), "perplexity": perplexity(count).mean().item()}
-            for name, count in counts.items()
-        }
+        result["sites"] = {name: {"dead_code_fraction": d.mean().item(), "perplexity": perplexity(counts[name]).mean().item()}
+                           for name, d in dead.items()}  # fmt: skip
     return result
 
 
@@ -189,9 +186,7 @@ def open_session(config, data, folder, resume=False, overwrite=False):
         session = Session(config, data, folder, model, make_optimizer(model, config), [])
         if resume and (folder / "train_state.pt").is_file():
             load_checkpoint(session)
-    with parallel.together():
-        if parallel.rank() == 0:
-            make_run(folder, config, data, resume)
+    parallel.first(make_run, folder, config, data, resume)
     data.settle(folder)
     return session
 
@@ -235,9 +230,7 @@ def train(session):
         for step in range(session.step, config.steps):
             generator = torch.Generator(model.device).manual_seed((config.seed * 1_000_003 + step) % 2**63)
             if step == config.dense_steps and step > 0:
-                with parallel.together():
-                    if parallel.rank() == 0:  # before the codebooks change everything
-                        write_tensors(session.folder / "dense.pt", model.state_dict())
+                parallel.first(write_tensors, session.folder / "dense.pt", model.state_dict())  # before codebooks change it
                 start_codebooks(model, config, data, generator)
                 forward = parallel.wrap(fast, unused=False)
             loss = train_step(model, forward, session.optimizer, config, step, data)
@@ -251,17 +244,14 @@ def train(session):
             session.step, session.seconds = done, time.monotonic() - began
             checkpoint = done % config.checkpoint_every == 0 or done == config.steps or stopped
             if checkpoint or evaluation_is_due(config, done):
-                with parallel.together():
-                    if parallel.rank() == 0:
-                        keep(session, checkpoint)
+                parallel.first(keep, session, checkpoint)
             bar.update()
             if stopped and done < config.steps:
                 return None
             if bar.n % 10 == 0 and not bar.disable:
                 last = f"  (at {describe(session.metrics[-1])})" if session.metrics else ""
                 bar.set_postfix_str(f"loss {loss.item():.3f}{last}")
-    with parallel.together():
-        return summarise(session) if parallel.rank() == 0 else {}
+    return parallel.first(summarise, session) or {}
 
 
 def keep(session, checkpoint):
@@ -272,18 +262,13 @@ def keep(session, checkpoint):
     if evaluation_is_due(config, done):
         figures = evaluate(session.model, session.data, config.seed, n=256 if done < config.steps else 1024)
         session.metrics.append({"step": done, "tokens": done * config.batch_size * config.block_size, **figures})
-        write_metrics(session.folder, session.metrics)
+        write(session.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in session.metrics))
         tqdm.write(describe(session.metrics[-1]))
-    if checkpoint:
-        save(session)
-
-
-def save(session):
-    """The checkpoint is train_state.pt alone, so it can't be half old and half new; model.pt is there to be read."""
-    weights = session.model.state_dict()
-    state = {"step": session.step, "seconds": session.seconds, "model": weights}
-    write_tensors(session.folder / "model.pt", weights)  # first: a kill in between is made up for by resuming
-    write_tensors(session.folder / "train_state.pt", {**state, "optimizer": session.optimizer.state_dict()["state"]})
+    if checkpoint:  # is train_state.pt alone, so that it can't be half old and half new; model.pt is there to be read
+        weights, moments = session.model.state_dict(), session.optimizer.state_dict()["state"]
+        write_tensors(session.folder / "model.pt", weights)  # first: a kill in between is made up for by resuming
+        state = {"step": done, "seconds": session.seconds, "model": weights, "optimizer": moments}
+        write_tensors(session.folder / "train_state.pt", state)
 
 
 def describe(line):
@@ -302,9 +287,29 @@ def summarise(session):
     return summary
 
 
-def command(argv, name, about, kind, presets, out, report):
-    """A training command, from its flags to its exit status; `report` tells people about the run at its end."""
-    parser = Parser(prog=f"python -m minicode.{name}", description=about, allow_abbrev=False)
+def table(columns, names):
+    """The figures of these names in columns, {title: figures}, for people."""
+    width = max(map(len, names)) + 1
+    lines = [" " * width + "".join(f"   {title}" for title in columns)]
+    for name in names:
+        cells = (f"{row[name]:.4f}" if name in row else "-" for row in columns.values())
+        lines.append(f"{name:{width}}" + "".join(f"{cell:>{len(title) + 3}}" for title, cell in zip(columns, cells)))
+    return "\n".join(lines)
+
+
+def report(run, compared):
+    """What people are told at the end: the table of figures, and a sample."""
+    data, summary, generator = run.data, run.summary, torch.Generator().manual_seed(run.config.seed)
+    tokens = run.model.generate(data.prompt(""), min(data.sample_length, run.config.block_size), generator=generator)
+    return (
+        f"{compared}\n{summary['tokens'] / 1e6:.1f} M tokens in {summary['seconds']:.0f} s\n"
+        f"a sample: {data.show(tokens[0].numpy())}\nnext:     python -m minicode.sample --run {run.folder}{data.demonstration}"
+    )
+
+
+def command(argv, name, about, kind, presets, out, compare):
+    """A training command, from its flags to its exit status; compare(summary) is the table at its end."""
+    parser = Parser(name, about)
     parser.add_argument("--out", type=Path, default=Path(out), help=f"folder of the run (default: {out})")
     parser.add_argument("--preset", choices=presets, default="default", help="settings to start from (default: ours); paper: its method and size")
     either = parser.add_mutually_exclusive_group()
@@ -330,5 +335,6 @@ def command(argv, name, about, kind, presets, out, report):
     if first and summary is None:
         print("\nstopped; the same command, with --resume and not --overwrite, continues it", file=sys.stderr)
     elif first:
-        print(report(load_run(args.out)))
+        run = load_run(args.out)
+        print(report(run, compare(run.summary)))
     return 130 if summary is None else 0

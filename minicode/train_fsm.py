@@ -2,10 +2,8 @@
 
 import sys
 
-import torch
-
 from minicode.fsm import FSM
-from minicode.train import command
+from minicode.train import command, table
 
 # The default is our recipe. README.md, "What differs from the paper", has what each departure gains, and the command.
 PRESETS = {
@@ -21,29 +19,15 @@ RELEASED = {  # at its best, from its authors' run
 
 
 def main(argv=None):
-    return command(argv, "train_fsm", __doc__, FSM, PRESETS, "runs/fsm", report)
+    return command(argv, "train_fsm", __doc__, FSM, PRESETS, "runs/fsm", compare)
 
 
-def report(run):
-    """The figures of a run, and a sample."""
-    fsm, generator = run.fsm, torch.Generator().manual_seed(run.config.seed)
-    tokens = run.model.generate(torch.tensor([[fsm.bos]]), min(12 * fsm.digits, run.config.block_size), generator=generator)
-    return (
-        f"{table(run.summary)}\na sample: {fsm.show(tokens[0].numpy())}\n"
-        f"next:     python -m minicode.sample --run {run.folder} --force-code"
-    )
-
-
-def table(summary):
-    """The run beside its dense model, the loss floor and the released model."""
+def compare(summary):
+    """A run's figures beside the loss floor, the released model, and its dense model."""
     columns = {"this run": summary, "loss floor": {"loss": summary["loss_floor"]}, "released, 2.6 B tokens": RELEASED}
     if summary["dense"]:
         columns[f"dense, step {summary['dense']['step']}"] = summary["dense"]
-    lines = [" " * 26 + "".join(f"{title:>{len(title) + 3}}" for title in columns)]
-    for name in RELEASED:
-        cells = (f"{row[name]:.4f}" if name in row else "-" for row in columns.values())
-        lines.append(f"{name:26}" + "".join(f"{cell:>{len(title) + 3}}" for title, cell in zip(columns, cells)))
-    return "\n".join([*lines, f"{summary['tokens'] / 1e6:.1f} M tokens in {summary['seconds']:.0f} s"])
+    return table(columns, RELEASED)
 
 
 if __name__ == "__main__":
