@@ -91,7 +91,7 @@ def record(model):
 def chosen(model, tokens):
     """What every codebook chooses at the last position of tokens (B, T): {"mlp.1": ids (B, G, k), ...}."""
     with evaluating(model), record(model) as codes:
-        model(tokens)
+        model(tokens.to(model.device))
     return {site: ids[:, -1] for site, ids in codes.items()}
 
 

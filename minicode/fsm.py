@@ -120,6 +120,11 @@ class FSM:
     detected = ("state", "bigram")  # what codes are compared with neurons on
     group = property(lambda self: self.digits)  # tokens that make one word
 
+    def texts(self, tokens):
+        """The text of each token of tokens (n, T), with a space before each state."""
+        space = 1 % self.digits
+        return [[" " * (i % self.digits == space) + self.vocabulary[t] for i, t in enumerate(row)] for row in tokens]
+
     def labelled(self, rng, n, length):
         """Sequences (n, length), and what is known of each position: {kind: (labels (n, length), -1 for none, names)}.
 
@@ -266,9 +271,11 @@ class FSM:
                 figures[2] += kl(own, p).sum().item() / self.digits
         return dict(zip(("control", "jsd", "kl"), (figures / len(b)).tolist()))
 
-    def pairs(self):
-        """All pairs of different states a, b: two arrays."""
-        return np.nonzero(~np.eye(self.n_states, dtype=bool))
+    def pairs(self, most=10_000):
+        """All pairs of different states a, b, or so many of them, drawn at random: two arrays."""
+        every = np.flatnonzero(~np.eye(self.n_states, dtype=bool))
+        every = np.random.default_rng(0).permutation(every)[:most] if len(every) > most else every
+        return every // self.n_states, every % self.n_states
 
     # -- files
 

@@ -18,10 +18,9 @@ from minicode.control import Code
 from minicode.fsm import FSM
 from minicode.measures import (
     agreement, best_labels, codes_against_neurons, control_study, detect, forced_distributions, matches, purity, record_codes,
-    texts,
 )  # fmt: skip
 from minicode.report import write_report
-from minicode.run import Parser, latest_run, load_run, write
+from minicode.run import Parser, latest_run, load_run, write, write_array
 
 
 def main(argv=None):
@@ -43,27 +42,29 @@ def main(argv=None):
                 raise ValueError(f"the run in {each.folder} has no codebooks, or they were not started yet")
         if other and other.data != run.data:
             raise ValueError(f"the runs in {run.folder} and {other.folder} are on different data")
+        if other and other.config.block_size < run.config.block_size:
+            raise ValueError(f"the block of {other.folder} is shorter than that of {run.folder}: compare them the other way round")
         try:
             pattern = re.compile(args.search) if args.search is not None else None
         except re.error as error:
             raise ValueError(f"--search {args.search!r} is not a regular expression: {error}") from None
         wanted = Code.parse(args.code, run.model) if args.code else None
         tokens, kinds = topics.held_out(run)
-        recording = record_codes(run.model, tokens, run.folder)
+        recording = record_codes(run.model, tokens)
         if args.figures:
             args.figures.mkdir(parents=True, exist_ok=True)
-    if pattern is not None:
-        result, text = search(run, recording, pattern, args)
-    elif wanted:
-        result, text = look_up(run, recording, kinds, wanted)
-    else:
-        result, text = study(run, recording, kinds, other, args.figures)
+        if pattern is not None:
+            result, text = search(run, recording, pattern, args)
+        elif wanted:
+            result, text = look_up(run, recording, kinds, wanted)
+        else:
+            result, text = study(run, recording, kinds, other, args.figures)
     print(json.dumps(result) if args.json else text)
 
 
 def search(run, recording, pattern, args):
     """The codes that detect a pattern, best first."""
-    found = detect(recording, matches(texts(run.data, recording.tokens), pattern), [pattern.pattern])
+    found = detect(recording, matches(run.data.texts(recording.tokens), pattern), [pattern.pattern])
     good = np.flatnonzero((found.precision[:, 0] >= args.precision) & (found.recall[:, 0] >= args.recall))
     rows = [
         {"code": str(recording.names[i]), "precision": found.precision[i, 0], "recall": found.recall[i, 0], "f1": found.f1[i, 0]}
@@ -80,12 +81,12 @@ def look_up(run, recording, kinds, code, most=20, reach=8):
     """What one code stands for, and where it fires."""
     number = recording.names.index(Code(code.site, code.group, code.id))
     kind, name, precision, recall, _ = best_labels(recording, kinds)[number] or ("", "nothing known", 0.0, 0.0, 0.0)
-    rows, contexts, words = texts(run.data, recording.tokens), [], run.data.vocabulary
+    rows, contexts, words = run.data.texts(recording.tokens), [], run.data.vocabulary
     for place in recording.places(number, most):
         row, at = divmod(int(place), recording.tokens.shape[1])
         before, after = rows[row][max(0, at - reach) : at], rows[row][at + 1 : at + 1 + reach]
         contexts.append(f"{''.join(before)}[{rows[row][at]}]{''.join(after)}")
-    p = forced_distributions(recording, [number])[number]
+    p = forced_distributions(recording, [number])[0][number]
     after = [[words[t], float(p[t])] for t in np.argsort(-p)[:10]]
     result = {"code": str(code), "count": int(recording.count[number]), "kind": kind, "label": name, "precision": precision,
               "recall": recall, "contexts": contexts, "next": after}  # fmt: skip
@@ -107,7 +108,7 @@ def study(run, recording, kinds, other, folder):
         found = detect(recording, *kinds["state"])
         detectors["states_with_code"] = float((np.minimum(found.precision, found.recall).max(0) >= 0.95).mean())
         result["control"] = control_study(run)
-    if "topic" in kinds:
+    if "topic" in kinds and run.config.block_size >= 16:  # room for the prompts, and something after them
         result["steering"] = topics.steering_table(run, recording, *kinds["topic"])
         write(run.folder / "steering.json", json.dumps(result["steering"], indent=1))
     best = sorted((i for i, label in enumerate(labels) if label), key=lambda i: -labels[i][-1])[:10]
@@ -117,6 +118,8 @@ def study(run, recording, kinds, other, folder):
         theirs = record_codes(other.model, recording.tokens)
         result["seeds"] = {"with": str(other.folder), **agreement(recording, theirs, np.random.default_rng(0))}
     drawn = draw(result, points)
+    for name, array in ("codes.npy", recording.codes), ("tokens.npy", recording.tokens):
+        write_array(run.folder / name, array)
     write(run.folder / "interpret.json", json.dumps(result, indent=1))
     write_report(run.folder / "report.html", page(run, recording, labels, result, drawn))
     for name, (svg, _) in drawn.items() if folder else ():
@@ -173,12 +176,12 @@ def draw(result, points):
 def page(run, recording, labels, result, drawn, n_contexts=6):
     """What report.html shows."""
     alive = np.flatnonzero(recording.count)
-    after = forced_distributions(recording, alive)
+    after, free = forced_distributions(recording, alive)
     rows = []
     for number, (code, best) in enumerate(zip(recording.names, labels)):
         kind, name, precision, recall, _ = best or (None, None, None, None, None)
         label = f"{kind} {name}" if best else None
-        places = recording.places(number, n_contexts).tolist() if best else []
+        places = recording.places(number, n_contexts).tolist()
         rows.append([str(code), int(recording.count[number]), label, precision, recall, places, top(after.get(number))])
     used = sorted({place // recording.tokens.shape[1] for row in rows for place in row[5]})
     return {
@@ -186,7 +189,7 @@ def page(run, recording, labels, result, drawn, n_contexts=6):
         "measures": measures(result),
         "figures": [{"svg": svg, "caption": caption} for svg, caption in drawn.values()], "vocab": run.data.vocabulary, "group": run.data.group,
         "length": recording.tokens.shape[1], "tokens": recording.tokens[: used[-1] + 1].ravel().tolist(), "codes": rows,
-        "free": top(np.mean(list(after.values()), axis=0)),
+        "free": top(free),
     }  # fmt: skip
 
 

@@ -44,19 +44,16 @@ class Recording:
         return at[np.linspace(0, len(at) - 1, min(most, len(at))).astype(int)]
 
 
-def record_codes(model, tokens, folder=None):
-    """Runs the model over tokens (n, T); with a folder, codes and tokens are stored there, the codes as a memory map."""
+def record_codes(model, tokens):
+    """Runs the model over tokens (n, T)."""
     codebooks = {site: c for site, c in model.codebooks().items() if c.enabled}
     columns = [(site, group) for site, c in codebooks.items() for group in range(c.groups) for _ in range(c.k)]
     kind = np.int16 if max(c.n_codes for c in codebooks.values()) < 2**15 else np.int32
-    shape = (*tokens.shape, len(columns))
-    codes = np.lib.format.open_memmap(folder / "codes.npy", "w+", kind, shape) if folder else np.empty(shape, kind)
+    codes = np.empty((*tokens.shape, len(columns)), kind)
     for rows in np.array_split(np.arange(len(tokens)), -(-len(tokens) // 64)):
         with evaluating(model), record(model) as ids:
             model(torch.from_numpy(tokens[rows]).to(model.device))
         codes[rows] = torch.cat([i.flatten(2) for i in ids.values()], dim=-1).cpu().numpy()
-    if folder:
-        np.save(folder / "tokens.npy", tokens)
     return Recording(model, tokens, codes, columns)
 
 
@@ -82,7 +79,7 @@ def detect(recording, labels, names):
     flat, n_labels = labels.ravel(), len(names)
     known = flat >= 0
     pairs = recording.fired[known].astype(np.int64) * n_labels + flat[known, None]
-    both = np.bincount(pairs.ravel(), minlength=len(recording.names) * n_labels).reshape(-1, n_labels)
+    both = np.bincount(pairs.ravel(), minlength=len(recording.names) * n_labels).reshape(len(recording.names), n_labels)
     total = np.bincount(flat[known], minlength=n_labels)
     precision, recall = both / np.maximum(recording.count, 1)[:, None], both / np.maximum(total, 1)
     return Detectors(precision, recall, 2 * both / np.maximum(recording.count[:, None] + total, 1), total)
@@ -93,17 +90,11 @@ def best_labels(recording, kinds):
     best = [None] * len(recording.names)
     for kind, (labels, names) in kinds.items():
         found = detect(recording, labels, names)
-        for code, label in enumerate(found.f1.argmax(1)):
+        for code, label in enumerate(found.f1.argmax(1)) if names else ():
             if found.f1[code, label] > (best[code][-1] if best[code] else 0):
                 row = (found.precision[code, label], found.recall[code, label], found.f1[code, label])
                 best[code] = (kind, names[label], *map(float, row))
     return best
-
-
-def texts(data, tokens):
-    """The text of each token of tokens (n, T); where tokens make words, a space before each word."""
-    words, group = data.vocabulary, data.group
-    return [[(" " if group and i % group == 1 % group else "") + words[t] for i, t in enumerate(row)] for row in tokens]
 
 
 def matches(texts, pattern):
@@ -183,11 +174,13 @@ def codes_against_neurons(run, recording, kinds, n_positions=2**15):
 
 
 def forced_distributions(recording, numbers, n_contexts=16, batch=32):
-    """{number: next-token distribution} with each of these codes forced at the end of a context, averaged over contexts.
+    """{number: next-token distribution} with each of these codes forced at the end of a context, averaged over contexts;
+    and the distribution when nothing is forced, averaged over the same.
 
     The contexts are the starts of other sequences, cut at a position at which the code fires somewhere.
     """
     model, tokens, by_length, result = recording.model, torch.from_numpy(recording.tokens), defaultdict(list), {}
+    free = torch.zeros(model.config.vocab_size)
     place = np.full(len(recording.names), tokens.shape[1])
     positions = np.tile(np.arange(tokens.shape[1]), len(tokens))
     late = positions >= 3
@@ -196,24 +189,27 @@ def forced_distributions(recording, numbers, n_contexts=16, batch=32):
         by_length[min(place[number], tokens.shape[1] - 1)].append(number)
     for last, group in tqdm(by_length.items(), desc="forcing codes", leave=False, disable=None):
         contexts = tokens[:n_contexts, : last + 1].to(model.device)
-        free, n_contexts = chosen(model, contexts), len(contexts)
+        n_contexts = len(contexts)
+        with evaluating(model), record(model) as there:
+            p = model(contexts)[0][:, -1].float().softmax(-1)
+        free += p.mean(0).cpu() * len(group) / len(numbers)
         for start in range(0, len(group), batch):
             many = group[start : start + batch]
             for site in {recording.names[number].site for number in many}:
                 these = [number for number in many if recording.names[number].site == site]
-                ids = free[site].repeat(len(these), 1, 1)  # (codes * contexts, G, k)
+                ids = there[site][:, -1].repeat(len(these), 1, 1)  # (codes * contexts, G, k)
                 for i, code in enumerate(recording.names[number] for number in these):
                     row = ids[i * n_contexts : (i + 1) * n_contexts, code.group]
                     row[~(row == code.id).any(-1), -1] = code.id
                 with evaluating(model), force(model, {site: ids}, last):
                     p = model(contexts.repeat(len(these), 1))[0][:, -1].float().softmax(-1)
                 result.update(zip(these, p.view(len(these), n_contexts, -1).mean(1).cpu().numpy()))
-    return result
+    return result, free.numpy()
 
 
 def shift(module, delta, position):
     """Within the block, delta (B, n) is added to a module's output (B, T, n) at one position."""
-    return module.register_forward_hook(lambda m, args, out: out.index_add(1, torch.tensor([position]), delta.unsqueeze(1)))
+    return module.register_forward_hook(lambda m, args, out: out.index_add(1, torch.tensor([position], device=out.device), delta.unsqueeze(1)))
 
 
 def add_mean_difference(fsm, model, layer, rng):
@@ -244,18 +240,26 @@ def control_study(run, n_pairs=400):
     sites = [site for site, codebook in model.codebooks().items() if codebook.enabled]
     generator, rng = torch.Generator(model.device).manual_seed(0), np.random.default_rng(0)
 
-    def mixed(separately, codes):
-        """The codes of another pair's b; or of another at each site, separately."""
-        orders = [torch.randperm(n_pairs, generator=generator, device=model.device) for _ in codes]
-        return {s: codes[s][orders[i if separately else 0]] for i, s in enumerate(codes)}
+    everywhere, other = fsm.copy_codes(model, sites), int(rng.integers(1, fsm.n_states))
+
+    def wrong(tokens, b_run):
+        """What a run in another state than b chooses, always the same other one."""
+        state = fsm.decode(b_run[:, 1 : 1 + fsm.digits].cpu())[:, 0]
+        run = fsm.runs((state + other) % fsm.n_states).to(b_run.device)
+        return everywhere(tokens, torch.cat((run, b_run[:, 1 + fsm.digits :]), dim=1))
+
+    def shuffled(codes):
+        """At each site the codes of another pair's b."""
+        return {s: ids[torch.randperm(len(ids), generator=generator, device=ids.device)] for s, ids in codes.items()}
 
     mlps = [site for site in sites if site.startswith("mlp.")]
-    ways = {"none": [], **{site: [site] for site in sites}, "all_mlp": mlps, "all": sites}
+    ways = {"none": [], **{site: [site] for site in sites}, **({"all_mlp": mlps} if mlps else {}), "all": sites}
     ways = {name: (model, fsm.copy_codes(model, some)) for name, some in ways.items()}
-    changes = {"random_code": partial(random_codes, model, generator), "wrong_state": partial(mixed, False), "shuffled": partial(mixed, True)}
-    ways |= {name: (model, fsm.copy_codes(model, sites, change)) for name, change in changes.items()}
-    if run.dense:
-        ways |= {f"mean_difference.{i}": (run.dense, add_mean_difference(fsm, run.dense, i, rng)) for i in range(len(run.dense.h))}
+    ways["random_code"] = model, fsm.copy_codes(model, sites, partial(random_codes, model, generator))
+    ways |= {"wrong_state": (model, wrong), "shuffled": (model, fsm.copy_codes(model, sites, shuffled))}
+    dense = run.dense if run.config.block_size >= 3 * fsm.digits else None  # there must be room for a context
+    if dense:
+        ways |= {f"mean_difference.{i}": (dense, add_mean_difference(fsm, dense, i, rng)) for i in range(len(dense.h))}
     result = {name: {"first": [], "inside": []} for name in ways}
     for _ in tqdm(range(N_SEEDS), desc="control", leave=False, disable=None):
         b = (rng.integers(1, fsm.n_states, size=n_pairs) + (a := rng.integers(fsm.n_states, size=n_pairs))) % fsm.n_states
@@ -269,9 +273,10 @@ def control_study(run, n_pairs=400):
     result = {name: {where: interval(rows) for where, rows in way.items()} for name, way in result.items()}
     for way in result.values():
         for where, row in way.items():
-            row["normalised_jsd"] = row["jsd"] / result["none"][where]["jsd"]
-    if run.dense:
-        shifts = [{**result.pop(f"mean_difference.{i}"), "layer": i} for i in range(len(run.dense.h))]
+            free = result["none"][where]["jsd"]
+            row["normalised_jsd"] = row["jsd"] / free if free else None
+    if dense:
+        shifts = [{**result.pop(f"mean_difference.{i}"), "layer": i} for i in range(len(dense.h))]
         result["mean_difference"] = max(shifts, key=lambda way: way["first"]["control"])
     return result
 
@@ -291,11 +296,14 @@ def agreement(one, other, generator):
     it fires with those of a code of the other: the mean over codes; and by chance, with the other's positions shuffled."""
 
     def mean_best(fired):
-        both = np.zeros((len(one.names), len(other.names)))
-        for column in one.fired.T:
-            pairs = column[:, None].astype(np.int64) * len(other.names) + fired
-            both += np.bincount(pairs.ravel(), minlength=both.size).reshape(both.shape)
-        iou = both / np.maximum(one.count[:, None] + other.count - both, 1)
-        return float(iou.max(1)[one.count > 0].mean())
+        best, n, lot = np.zeros(len(one.names)), len(other.names), 1024
+        for start in range(0, len(one.names), lot):  # so many codes at a time
+            count, both = one.count[start : start + lot], np.zeros((min(lot, len(one.names) - start), n))
+            for column in one.fired.T:
+                here = (column >= start) & (column < start + lot)
+                pairs = (column[here, None] - start).astype(np.int64) * n + fired[here]
+                both += np.bincount(pairs.ravel(), minlength=both.size).reshape(both.shape)
+            best[start : start + lot] = (both / np.maximum(count[:, None] + other.count - both, 1)).max(1)
+        return float(best[one.count > 0].mean())
 
     return {"mean_iou": mean_best(other.fired), "chance": mean_best(generator.permutation(other.fired))}

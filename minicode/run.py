@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from minicode import parallel
@@ -110,7 +111,8 @@ def write(path, content):
     """Writes text or bytes so that the file appears whole or not at all; until then the old one stays."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # whatever it is: nothing is written through a link
+        with open(temporary, "xb") as file:
             file.write(content if isinstance(content, bytes) else content.encode())
             file.flush()
             os.fsync(file.fileno())
@@ -119,6 +121,12 @@ def write(path, content):
         raise OSError(f"{path} could not be written: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_array(path, array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    write(path, buffer.getvalue())
 
 
 def write_tensors(path, data):
@@ -210,9 +218,12 @@ def check_run(folder, config, data, resume=False, overwrite=False):
 def make_run(folder, config, data, resume=False):
     """Makes the folder of a run, or what a resumed one lacks."""
     folder.mkdir(parents=True, exist_ok=True)
+    stale = FILES[1:]  # config.json stays: by it a folder is known as a run, however often it is killed here
+    if resume:  # what was made of an unfinished run is of other weights
+        stale = () if (folder / "summary.json").exists() else MADE_LATER
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)
     if not resume:
-        for name in FILES[1:]:  # config.json stays: by it a folder is known as a run, however often it is killed here
-            (folder / name).unlink(missing_ok=True)
         write(folder / "config.json", json.dumps({"version": VERSION, **asdict(config)}, indent=1))
     data.settle(folder, make=True)
     if not (folder / data.file).exists():
@@ -243,8 +254,8 @@ class Run:
         path = self.folder / "dense.pt"
         return load_model(self.config, path, self.model.device) if path.exists() else None
 
-    fsm = property(lambda self: self.data, doc="The machine of a run on TokFSM.")
-    tokenizer = property(lambda self: self.data.tokenizer, doc="The tokenizer of a run on text.")
+    fsm = property(lambda self: self.data if isinstance(self.data, FSM) else None, doc="The machine of a run on TokFSM.")
+    tokenizer = property(lambda self: getattr(self.data, "tokenizer", None), doc="The tokenizer of a run on text.")
 
 
 def load_model(config, path, device):

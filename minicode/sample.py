@@ -104,6 +104,7 @@ def demonstrate(run, args):
     own = chosen(model, fsm.runs([b])).items()  # what a run in b chooses at its last digit
     forced = [Code(site, group, int(i), prompt.shape[1] - 1) for site, ids in own for group, row in enumerate(ids[0]) for i in row]
     every_a, every_b = fsm.pairs()
+    mlps = [site for site in sites if site.startswith("mlp.")]
 
     def control(intervene):
         return fsm.control(model, fsm.runs(every_a), every_b, intervene, generator.manual_seed(args.seed))["control"]
@@ -116,7 +117,7 @@ def demonstrate(run, args):
         "forced": list(map(str, forced)),
         "control_before": control(fsm.copy_codes(model, [])),
         "control_after": control(everywhere),
-        "control_mlp": control(fsm.copy_codes(model, [site for site in sites if site.startswith("mlp.")])),
+        "control_mlp": control(fsm.copy_codes(model, mlps)) if mlps else None,
         "control_random_codes": control(fsm.copy_codes(model, sites, partial(random_codes, model, generator))),
         "transition_accuracy": fsm.transition_accuracy(model, generator),
     }
@@ -125,7 +126,8 @@ def demonstrate(run, args):
 def describe(fsm, result):
     """The demonstration for people."""
     a, b = result["prompt"], result["state"]
-    n_pairs, chance = fsm.n_states * (fsm.n_states - 1), fsm.n_edges / fsm.n_states
+    n_pairs, chance = len(fsm.pairs()[0]), fsm.n_edges / fsm.n_states
+    mlps = "" if result["control_mlp"] is None else f"  {result['control_mlp']:.3f}  the MLPs alone\n"
     width = max(map(len, result["samples_free"])) + 3
     rows = [f"{free:{width}}{forced}" for free, forced in zip(result["samples_free"], result["samples"])]
     successors = " ".join(fsm.name(s) for s in fsm.successors[int(b, fsm.base)])
@@ -138,11 +140,10 @@ by forcing the codes of {b} where {a} was read (and then those of {b} and the di
 
 {table}
 
-Share of next states that are successors of b, over all {n_pairs:,} pairs of states a, b:
+Share of next states that are successors of b, over {n_pairs:,} pairs of states a, b:
   {result["control_before"]:.3f}  nothing forced (chance: {chance:.2f})
   {result["control_after"]:.3f}  every site forced
-  {result["control_mlp"]:.3f}  the MLPs alone
-  {result["control_random_codes"]:.3f}  random codes at every site
+{mlps}  {result["control_random_codes"]:.3f}  random codes at every site
   {result["transition_accuracy"]:.3f}  transition accuracy of the model left alone, about the most there is to reach"""
 
 

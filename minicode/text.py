@@ -6,6 +6,7 @@ does not hold. So nothing is lost: decode(encode(s)) == s. Between two documents
     SEPARATOR Once _upon _a _time , ... SEPARATOR There _was _once ...      (_ is a space)
 """
 
+import codecs
 import hashlib
 import math
 import os
@@ -145,7 +146,7 @@ class Text:
             self._count()
         self.tokenizer = Tokenizer(self.pieces)
         self.vocab_size = self.tokenizer.vocab_size
-        self.vocabulary = [self.tokenizer.decode([token]) for token in range(self.vocab_size)]  # the text of each token
+        self.vocabulary = [self.show([SEPARATOR, token]) for token in range(self.vocab_size)]  # the text of each token
         self.most_block = math.inf if self.data is None else min(self.n_tokens) - 1
         self.detected = ("word", "after") if self.data else ("topic",)  # what codes are compared with neurons on
         self.topics = [] if self.data else list(stories().topics)
@@ -210,7 +211,8 @@ class Text:
         path, dtype = folder / self.tokens_file, np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<i4")
         if make and not path.exists():
             temporary = path.with_name(path.name + ".tmp")
-            with open(temporary, "wb") as file:
+            temporary.unlink(missing_ok=True)
+            with open(temporary, "xb") as file:
                 for text, _ in self._documents():
                     np.array([*self.tokenizer.encode(text), SEPARATOR], dtype).tofile(file)
                 os.fsync(file.fileno())
@@ -218,6 +220,8 @@ class Text:
         if not path.is_file() or path.stat().st_size != sum(self.n_tokens) * dtype.itemsize:
             raise ValueError(f"{path} is damaged: it does not hold the {sum(self.n_tokens)} tokens of {folder / self.file}")
         tokens = np.memmap(path, dtype, mode="r")
+        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
+            raise ValueError(f"{path} is damaged: there are tokens in it beyond the vocabulary of {self.vocab_size}")
         self.parts = tokens[: self.n_tokens[0]], tokens[self.n_tokens[0] :]
 
     # -- what is trained on, and what is not
@@ -273,7 +277,12 @@ class Text:
 
     def show(self, tokens):
         """A sequence (T,) from a separator on, for people."""
-        return self.tokenizer.decode(tokens[1:])
+        return self.tokenizer.decode(tokens[1:]).encode(errors="replace").decode()
+
+    def texts(self, tokens):
+        """The text of each token of tokens (n, T); a character of several tokens stands at the last of them."""
+        decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in tokens]
+        return [[decoder.decode(self.tokenizer.bytes[token]) for token in row] for row, decoder in zip(tokens, decoders)]
 
     def measures(self, model, seed, tokens, loss):
         """What the loss on sequences (n, T) means in other units; every byte of the text is counted, once."""

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from minicode.control import GENERATED, Code, force
-from minicode.measures import detect, matches, record_codes, texts
+from minicode.measures import detect, matches, record_codes
 from minicode.model import evaluating
+from minicode.run import read_json
 
 N_SEQUENCES = 512  # that codes are recorded on
 MOST, PER_HEAD = 12, 4  # codes that are forced, in all and in one codebook: more of them are surer, and worse English
@@ -66,17 +67,18 @@ def expand(run, text):
         raise ValueError(f"{text!r} is no code; on a run of text, topic:NAME and word:WORD are too")
     if kind == "topic" and name not in topics:
         raise ValueError(f"there is no topic {name!r}; " + (f"there are {', '.join(topics)}" if topics else "your own text has none: try word:"))
+    if not any(codebook.enabled for codebook in run.model.codebooks().values()):
+        raise ValueError(f"{text}: the run in {run.folder} has no codebooks, or they were not started yet")
     if kind == "topic" and (run.folder / "steering.json").exists():
-        return json.loads((run.folder / "steering.json").read_text())["topics"][name]["codes"]
-    tokens, kinds = held_out(run)
-    recording = record_codes(run.model, tokens)
-    if kind == "topic":
-        return find_codes(recording, *kinds["topic"])[name]
-    labels = near(texts(run.data, tokens), name)
-    codes = find_codes(recording, labels, [name])[name]
+        codes = read_json(run.folder / "steering.json", lambda table: [str(code) for code in table["topics"][name]["codes"]])
+    else:
+        tokens, kinds = held_out(run)
+        labels = np.where(kinds["topic"][0] == topics.index(name), 0, -1) if kind == "topic" else near(run.data.texts(tokens), name)
+        if not (labels == 0).any():
+            raise ValueError(f"{text}: it does not occur in the held-out text")
+        codes = find_codes(record_codes(run.model, tokens), labels, [name])[name]
     if not codes:
-        why = "no code stands for it" if (labels == 0).any() else "it does not occur in the held-out text"
-        raise ValueError(f"{text}: {why}")
+        raise ValueError(f"{text}: no code stands for it")
     return codes
 
 
@@ -109,12 +111,16 @@ def steering_table(run, recording, labels, names, n_samples=10, max_new_tokens=1
         samples, judged = zip(*(generate(run, prompt, forced, n_samples, seed + i, max_new_tokens) for i, prompt in enumerate(PROMPTS)))
         return sum(samples, []), math.exp(np.mean(np.log(judged)))
 
-    free, perplexity_free = sample([])
+    left_alone, perplexity_free = sample([])
     for name in tqdm(names, desc="steering", leave=False, disable=None):
         own = [Code.parse(code, run.model) for code in codes[name]]
-        others = {str(replace(code, id=rng.integers(run.model.codebooks()[code.site].n_codes))) for code in own}
-        (after, perplexity), (random, _) = sample(codes[name]), sample(sorted(others))
-        samples = {"before": free, "after": after, "random": random}
+        others = {}  # as many of each head, but none of these
+        for code in own:
+            free = [replace(code, id=i) for i in range(run.model.codebooks()[code.site].n_codes)]
+            free = [other for other in free if other not in own and other not in others]
+            others[free[rng.integers(len(free))]] = None
+        (after, perplexity), (random, _) = sample(codes[name]), sample(list(map(str, others)))
+        samples = {"before": left_alone, "after": after, "random": random}
         shares = {when: float(np.mean([run.data.mentions(name, text) for text in some])) for when, some in samples.items()}
         topics[name] = {**shares, "perplexity_before": perplexity_free, "perplexity_after": perplexity, "codes": codes[name]}
     measures = [measure for measure in topics[names[0]] if measure != "codes"]

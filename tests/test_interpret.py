@@ -13,7 +13,6 @@ from test_train import refusal, train
 
 from minicode import force, load_run, record
 from minicode.interpret import main as interpret
-from minicode.interpret import texts
 from minicode.measures import (
     Recording, add_mean_difference, agreement, best_labels, best_neurons, codes_against_neurons, control_study, detect,
     forced_distributions, interval, matches, neurons, purity, record_codes, shift,
@@ -48,13 +47,13 @@ def test_best_label_is_that_of_the_highest_f1():
     assert best[0][:2] == ("rough", "all") and best[1] == ("fine", "end", 1, 1, 1)
 
 
-def test_recording_is_what_record_says(fsm, tmp_path):
+def test_recording_is_what_record_says(fsm):
     model, tokens = make_model("head,mlp", k=2), make_tokens(fsm, n=70)
-    recording = record_codes(model, tokens.numpy(), tmp_path)
+    recording = record_codes(model, tokens.numpy())
     with torch.no_grad(), record(model) as codes:
         model(tokens)
-    stored = np.load(tmp_path / "codes.npy", mmap_mode="r")
-    assert stored.dtype == np.int16 and stored.shape == (70, 8, 12) and (np.load(tmp_path / "tokens.npy") == tokens.numpy()).all()
+    stored = recording.codes
+    assert stored.dtype == np.int16 and stored.shape == (70, 8, 12)
     columns = [(s, g) for s, ids in codes.items() for g in range(ids.shape[2]) for _ in range(2)]
     assert recording.columns == columns
     for column, (site, group) in enumerate(columns):
@@ -118,15 +117,15 @@ def test_matches_by_hand():
 
 
 def test_words_of_states(fsm):
-    assert texts(fsm, np.array([[4, 3, 1, 0, 2, 1]])) == [["BOS", " 3", "1", " 0", "2", " 1"]]
-    assert matches(texts(fsm, np.array([[4, 3, 1, 1, 3]])), re.compile("1 1")).tolist() == [[-1, -1, -1, 0, -1]]
+    assert fsm.texts(np.array([[4, 3, 1, 0, 2, 1]])) == [["BOS", " 3", "1", " 0", "2", " 1"]]
+    assert matches(fsm.texts(np.array([[4, 3, 1, 1, 3]])), re.compile("1 1")).tolist() == [[-1, -1, -1, 0, -1]]
 
 
 def test_forced_distributions_against_force(fsm):
     model, tokens = make_model("head,mlp", k=2), make_tokens(fsm, n=20)
     recording = record_codes(model, tokens.numpy())
     numbers = [int(n) for n in np.flatnonzero(recording.count)[::7]]
-    found = forced_distributions(recording, numbers, n_contexts=4, batch=3)
+    found, free = forced_distributions(recording, numbers, n_contexts=4, batch=3)
     assert found.keys() == set(numbers)
     for number in numbers:
         positions = np.flatnonzero((recording.fired == number).any(1)) % 8
@@ -134,6 +133,8 @@ def test_forced_distributions_against_force(fsm):
         with evaluating(model), force(model, f"{recording.names[number]}@{last}"):
             p = model(tokens[:4, : last + 1])[0][:, -1].softmax(-1).mean(0)
         np.testing.assert_allclose(found[number], p, rtol=1e-4, atol=1e-6)
+        free -= model(tokens[:4, : last + 1])[0][:, -1].softmax(-1).mean(0).detach().numpy() / len(numbers)
+    np.testing.assert_allclose(free, 0, atol=1e-6)
 
 
 def test_shift_is_nothing_for_zero_and_exact_otherwise(fsm):
@@ -189,11 +190,8 @@ def test_control_study_has_every_control(tiny_run):
             assert 0 <= row["control"] <= 1 and 0 <= row["jsd"] <= np.log(2) and row["kl"] >= 0 and row["control_ci"] >= 0
             assert row["normalised_jsd"] == pytest.approx(row["jsd"] / result["none"][where]["jsd"])
     assert result["mean_difference"]["layer"] in (0, 1)
-    (run.folder / "dense.pt").rename(run.folder / "away.pt")
-    try:
-        assert "mean_difference" not in control_study(load_run(tiny_run), n_pairs=30)
-    finally:
-        (run.folder / "away.pt").rename(run.folder / "dense.pt")
+    run.dense = None
+    assert "mean_difference" not in control_study(run, n_pairs=30)
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +212,8 @@ def test_every_figure_has_its_name(interpreted, capsys):
     interpret(["--run", str(interpreted), "--json"])
     again = json.loads(capsys.readouterr().out)
     assert again == {name: value for name, value in result.items() if name != "seeds"}
+    stored, tokens = np.load(interpreted / "codes.npy", mmap_mode="r"), np.load(interpreted / "tokens.npy")
+    assert stored.dtype == np.int16 and stored.shape == (512, 12, 6) and tokens.shape == (512, 12)
     figures = {path.name for path in (interpreted.parent / "figures").iterdir()}
     assert figures == {"usage.svg", "purity.svg", "detectors.svg", "control.svg"}
     assert (interpreted / "report.html").stat().st_size < 2e6
@@ -263,3 +263,27 @@ def test_runs_that_cannot_be_interpreted_or_compared(tiny_run, tmp_path, capsys)
     train(tmp_path / "other", "--n-edges", "2", "--steps", "2")
     line = refusal(interpret, "--run", tiny_run, "--compare", tmp_path / "other", capsys=capsys)
     assert "are on different data" in line
+
+
+@pytest.mark.parametrize("flags", [["--codebooks", "block", "--n-codes", "1"], ["--block-size", "5"], ["--codebooks", "mlp_mid", "--dense-share", "0"]])
+def test_odd_runs_are_interpreted_all_the_same(flags, tmp_path, capsys):
+    train(tmp_path / "run", *flags, "--steps", "4")
+    interpret(["--run", str(tmp_path / "run"), "--json"])
+    control = json.loads((tmp_path / "run" / "interpret.json").read_text())["control"]
+    assert "all" in control and ("all_mlp" in control) == (flags[0] == "--block-size")
+    assert ("mean_difference" in control) == (flags[-1] == "1")
+
+
+def test_what_goes_wrong_ends_in_one_line(interpreted, tmp_path, capsys):
+    folder = shutil.copytree(interpreted, tmp_path / "run")
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    for name in ("codes.npy", "report.html.tmp"):  # a stranger's folder leads out of itself
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(precious)
+    interpret(["--run", str(folder)])
+    assert precious.read_text() == "precious"
+    (folder / "dense.pt").write_bytes((folder / "dense.pt").read_bytes()[:500])
+    assert "dense.pt is damaged" in refusal(interpret, "--run", folder, capsys=capsys)
+    train(tmp_path / "short", "--block-size", "8", "--steps", "2")
+    assert "is shorter than that of" in refusal(interpret, "--run", interpreted, "--compare", tmp_path / "short", capsys=capsys)

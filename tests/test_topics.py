@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from test_train import refusal
 from minicode import force, load_run
 from minicode.control import GENERATED
 from minicode.interpret import main as interpret
-from minicode.measures import detect, record_codes, texts
+from minicode.measures import detect, record_codes
 from minicode.sample import main as sample
 from minicode.topics import MOST, PER_HEAD, expand, find_codes, generate, held_out, near, perplexity_of, steering_table
 from minicode.train_text import main as train_text
@@ -97,12 +98,13 @@ def test_steering_table_is_kept_with_the_run(stories_run, monkeypatch, capsys):
     assert table["mean"]["after"] == pytest.approx(np.mean([topic["after"] for topic in table["topics"].values()]))
     assert re.search(r"^dragon .*2\.5 % +65\.0 %$", out, flags=re.M) and "topic " in out
     run = load_run(stories_run)
-    assert expand(run, "topic:dragon") == table["topics"]["dragon"]["codes"]
+    name = next(name for name in table["topics"] if table["topics"][name]["codes"])
+    assert expand(run, f"topic:{name}") == table["topics"][name]["codes"]
     (stories_run / "steering.json").rename(stories_run / "away")
-    assert expand(run, "topic:dragon") == table["topics"]["dragon"]["codes"]  # found anew, and the same
+    assert expand(run, f"topic:{name}") == table["topics"][name]["codes"]  # found anew, and the same
     (stories_run / "away").rename(stories_run / "steering.json")
-    result = as_json(capsys, "--run", str(stories_run), "--prompt", "Once", "--force-code", "topic:moon", "--num-samples", "2")
-    assert result["forced"] == table["topics"]["moon"]["codes"] and len(result["samples"]) == len(result["samples_free"]) == 2
+    result = as_json(capsys, "--run", str(stories_run), "--prompt", "Once", "--force-code", f"topic:{name}", "--num-samples", "2")
+    assert result["forced"] == table["topics"][name]["codes"] and len(result["samples"]) == len(result["samples_free"]) == 2
     sample(["--run", str(stories_run), "--list-topics"])
     assert capsys.readouterr().out.split() == list(table["topics"])
 
@@ -114,7 +116,7 @@ def test_own_text_is_interpreted_by_its_words(own_run, capsys):
     assert "<script>" not in (own_run / "report.html").read_text().split("application/json")[1].split("</script>")[0]
     run = load_run(own_run)
     tokens, _ = held_out(run)
-    labels = near(texts(run.data, tokens), "55")
+    labels = near(run.data.texts(tokens), "55")
     assert expand(run, "word:55") == find_codes(record_codes(run.model, tokens), labels, ["55"])["55"] != []
 
 
@@ -136,3 +138,41 @@ def test_topics_of_other_runs(own_run, tiny_run, capsys):
     assert "'topic:dragon' is no code" in refusal(sample, "--run", tiny_run, "--force-code", "topic:dragon", capsys=capsys)
     sample(["--run", str(tiny_run), "--list-topics"])
     assert "has no topics" in capsys.readouterr().out
+
+
+def test_random_codes_are_as_many_and_others(stories_run, monkeypatch):
+    run, forced = load_run(stories_run), []
+    monkeypatch.setattr("minicode.topics.generate", lambda run, prompt, codes, *more: forced.append(list(codes)) or (["a dragon"], 2.0))
+    tokens, kinds = held_out(run)
+    table = steering_table(run, record_codes(run.model, tokens), *kinds["topic"])
+    forced = forced[::4]  # of four prompts
+    for topic, own, others in zip(table["topics"].values(), forced[1::2], forced[2::2]):
+        assert own == topic["codes"] and len(set(others)) == len(own) and not set(own) & set(others)
+        assert sorted(code.rsplit(".", 1)[0] for code in own) == sorted(code.rsplit(".", 1)[0] for code in others)
+    assert table["topics"]["dragon"]["after"] == 1 and table["topics"]["moon"]["before"] == 0
+
+
+def test_damaged_and_stale_steering(stories_run, tmp_path, capsys):
+    folder = shutil.copytree(stories_run, tmp_path / "run")
+    for content in ("{}", "[]", '{"topics": {"dragon": {"codes": 5}}}', "[" * 100_000):
+        (folder / "steering.json").write_text(content)
+        assert "steering.json is damaged" in refusal(sample, "--run", folder, "--force-code", "topic:dragon", capsys=capsys)
+    (folder / "summary.json").unlink()  # unfinished: what was found belongs to other weights
+    assert train_text(["--out", str(folder), *SMALL, "--resume"]) == 0 and not (folder / "steering.json").exists()
+
+
+def test_text_in_bytes_is_found_and_shown(tmp_path, capsys):
+    text = "\n\n".join(f"\u5929\u6c14 na\u00efve{i} \u597d" for i in range(400))
+    (tmp_path / "text.txt").write_text(text)
+    flags = [*SMALL, "--steps", "4", "--vocab", "257"]
+    assert train_text(["--out", str(tmp_path / "run"), "--data", str(tmp_path / "text.txt"), *flags]) == 0
+    run = load_run(tmp_path / "run")
+    row = [*run.data.tokenizer.encode("na\u00efve"), 256]
+    assert run.data.texts([row]) == [["n", "a", "", "\u00ef", "v", "e", "\n\n"]]
+    interpret(["--run", str(tmp_path / "run"), "--search", "na(\u00ef)ve", "--json"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["matches"] > 100
+    interpret(["--run", str(tmp_path / "run")])  # a vocabulary without words
+    tokens = np.fromfile(tmp_path / "run" / "tokens.bin", "<u2")
+    tokens[7] = 60_000
+    tokens.tofile(tmp_path / "run" / "tokens.bin")
+    assert "beyond the vocabulary of 257" in refusal(interpret, "--run", tmp_path / "run", capsys=capsys)
