@@ -188,12 +188,12 @@ def forced_distributions(recording, numbers, n_contexts=16, batch=32):
     The contexts are the starts of other sequences, cut at a position at which the code fires somewhere.
     """
     model, tokens, by_length, result = recording.model, torch.from_numpy(recording.tokens), defaultdict(list), {}
-    place = np.full(len(recording.names), tokens.shape[1])
+    place = np.full(len(recording.names), tokens.shape[1] - 1)
     positions = np.tile(np.arange(tokens.shape[1]), len(tokens))
     late = positions >= 3
     np.minimum.at(place, recording.fired[late], positions[late, None])
     for number in numbers:
-        by_length[min(place[number], tokens.shape[1] - 1)].append(number)
+        by_length[place[number]].append(number)
     for last, group in tqdm(by_length.items(), desc="forcing codes", leave=False, disable=None):
         contexts = tokens[:n_contexts, : last + 1].to(model.device)
         free = chosen(model, contexts)
@@ -203,11 +203,11 @@ def forced_distributions(recording, numbers, n_contexts=16, batch=32):
                 these = [number for number in many if recording.names[number].site == site]
                 ids = free[site].repeat(len(these), 1, 1)  # (codes * contexts, G, k)
                 for i, code in enumerate(recording.names[number] for number in these):
-                    row = ids[i * n_contexts : (i + 1) * n_contexts, code.group]
+                    row = ids[i * len(contexts) : (i + 1) * len(contexts), code.group]
                     row[~(row == code.id).any(-1), -1] = code.id
                 with evaluating(model), force(model, {site: ids}, last):
                     p = model(contexts.repeat(len(these), 1))[0][:, -1].float().softmax(-1)
-                result.update(zip(these, p.view(len(these), n_contexts, -1).mean(1).cpu().numpy()))
+                result.update(zip(these, p.view(len(these), len(contexts), -1).mean(1).cpu().numpy()))
     return result
 
 
