@@ -13,9 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minicode import figures
 from minicode.codebook import Codebook
-from minicode.run import Parser, load_run, read_metrics, write
+from minicode.run import Parser, load_run, write
 from minicode.train_fsm import main as train_fsm
 
 # -- ideas that are no flags: each replaces one method of Codebook
@@ -76,21 +75,17 @@ IDEAS = {  # name: flags, or what is replaced
     "revival from the start": "--revive-after 0",
     "full rate with codebooks": "--codebook-lr 1",
     "k from 4 to 2 to 1": {"update": fewer_and_fewer},
-    "512 codes an MLP": "--n-codes 512",
-    "similarity dot": "--similarity dot",
-    "commitment 1": "--commitment 1",
     "lr 1e-3": "--lr 1e-3",
-    "k = 2": "--k 2",
-    "2048 codes an MLP": "--n-codes 2048",
 }
 COLUMNS = ("loss", "transition_accuracy", "dead_code_fraction", "control_mlp")
 
 
-def train(idea, folder, flags):
-    """Trains an idea in a folder, or goes on with it; returns its figures, control by all MLPs among them."""
+def train(idea, folder, steps, seed):
+    """Trains an idea in a folder, unless it was; returns its figures, control by all MLPs among them."""
     change, path = IDEAS[idea], folder / "ablation.json"
-    if not path.exists():
-        flags = flags + change.split() if isinstance(change, str) else flags
+    if not path.exists() or json.loads(path.read_text())["step"] != steps:
+        flags = f"--steps {steps} --eval-every {max(1, steps // 20)} --seed {seed}".split()
+        flags += change.split() if isinstance(change, str) else []
         again = ["--overwrite"] if (folder / "config.json").exists() else []
         with mock.patch.multiple(Codebook, **change) if isinstance(change, dict) else nullcontext():
             if status := train_fsm(["--out", str(folder), *flags, *again]):
@@ -109,26 +104,18 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=Path("runs/ablate"), help="folder of the runs (default: runs/ablate)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each (default: 3)")
     parser.add_argument("--steps", type=int, default=2000, help="training steps (default: 2000)")
-    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="write the curves of the loss there, as an SVG file")
     args = parser.parse_args(argv)
     if unknown := [idea for idea in args.ideas if idea not in IDEAS]:
         parser.error(f"there is no idea {unknown[0]!r}; there are: {', '.join(IDEAS)}")
-    ideas, curves = args.ideas or list(IDEAS), {}
+    if min(args.seeds, args.steps) < 1:
+        parser.error("--seeds and --steps must be at least 1")
     lines = ["| idea | loss | transition accuracy | dead codes | control, MLPs |", "|---|---|---|---|---|"]
-    for idea in ideas:
-        folders = [args.out / f"{idea.replace(' ', '-')}-{seed}" for seed in range(args.seeds)]
-        common = ["--steps", str(args.steps), "--eval-every", str(max(1, args.steps // 20))]
-        rows = [train(idea, folder, [*common, "--seed", str(seed)]) for seed, folder in enumerate(folders)]
+    for idea in args.ideas or IDEAS:
+        rows = [train(idea, args.out / f"{idea.replace(' ', '-')}-{seed}", args.steps, seed) for seed in range(args.seeds)]
         values = [[row[name] for row in rows] for name in COLUMNS]
         cells = (f"{np.mean(v):.3f} ({min(v):.3f} to {max(v):.3f})" for v in values)
         flags = f" `{IDEAS[idea]}`" if isinstance(IDEAS[idea], str) and IDEAS[idea] else ""
         lines.append(f"| {idea}{flags} | {' | '.join(cells)} |")
-        metrics = read_metrics(folders[0])
-        curves[idea] = ([line["tokens"] / 1e6 for line in metrics], [line["loss"] for line in metrics])
-    if args.figures:
-        args.figures.mkdir(parents=True, exist_ok=True)
-        svg = figures.lines(curves, title="Loss of each idea while it trains", x="million tokens", y="loss, nats a token")
-        write(args.figures / "ablate.svg", svg)
     print("\n".join(lines))
 
 
