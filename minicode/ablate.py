@@ -1,7 +1,7 @@
 """python -m minicode.ablate: every idea that we tried on TokFSM, trained and measured over three seeds, as one table.
 
 An idea is the default with some flags, or with a few lines of it replaced. Half as many steps as the default, so that
-the whole takes about an hour and a half on one core; stopped, it goes on with the run it was at.
+the whole takes an hour on one core; stopped, it goes on with the run it was at.
 """
 
 import json
@@ -51,16 +51,6 @@ def normalised(self, x, forward=Codebook.forward):
     return forward(self, F.layer_norm(x.unflatten(-1, (self.groups, self.dim)), (self.dim,)).flatten(-2) if self.enabled else x)
 
 
-def fewer_and_fewer(self, update=Codebook.update, first=200, then=500):
-    """update that lets k fall from 4 to 2 and to 1; what the codes add up to stays."""
-    update(self)
-    self.age = getattr(self, "age", 0) + 1
-    if self.age == 1:
-        self.k, self.codes.data = 4, self.codes.data / 4
-    elif self.age in (first, then):
-        self.k, self.codes.data = self.k // 2, self.codes.data * 2
-
-
 IDEAS = {  # name: flags, or what is replaced
     "the default": "",
     "similarity cosine": "--similarity cosine",
@@ -74,8 +64,6 @@ IDEAS = {  # name: flags, or what is replaced
     "no revival": "--revive-every 0",
     "revival from the start": "--revive-after 0",
     "full rate with codebooks": "--codebook-lr 1",
-    "k from 4 to 2 to 1": {"update": fewer_and_fewer},
-    "lr 1e-3": "--lr 1e-3",
 }
 COLUMNS = ("loss", "transition_accuracy", "dead_code_fraction", "control_mlp")
 

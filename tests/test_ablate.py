@@ -26,18 +26,6 @@ def test_rotation_hands_on_q_and_turns_the_gradient():
         torch.testing.assert_close(a.grad[i], matrix.T @ grad[i])
 
 
-def test_codes_of_fewer_and_fewer_add_up_to_the_same():
-    torch.manual_seed(0)
-    book, x = Codebook(10, 4, similarity="distance"), torch.randn(50, 4)
-    for age, k in ((1, 4), (2, 4), (200, 2), (500, 1)):
-        before, old = book.codes.detach().clone(), book.k
-        book.age = age - 1
-        book(x)
-        ablate.fewer_and_fewer(book)
-        assert book.k == k
-        torch.testing.assert_close(book.codes * k, before * old)
-
-
 def test_random_inputs_are_inputs():
     book, x = Codebook(6, 4, groups=2), torch.randn(50, 8)
     ablate.start_at_random(book, x)
