@@ -92,7 +92,7 @@ def look_up(run, recording, kinds, code, most=20, reach=8):
               "recall": recall, "contexts": contexts, "next": after}  # fmt: skip
     share = recording.count[number] / recording.tokens.size
     text = [f"{code} fires at {recording.count[number]} of {recording.tokens.size:,} positions ({share:.2%})"]
-    text += [f"best described as {kind} {name}: precision {precision:.3f}, recall {recall:.3f}", "in context:"]
+    text += [f"best described as {kind} {name}: precision {precision:.3f}, recall {recall:.3f}", "in context:"] if contexts else []
     text += [f"  {repr(context)[1:-1]}" for context in contexts]
     return result, "\n".join([*text, "when it is forced, next: " + "  ".join(f"{word!r} {q:.2f}" for word, q in after)])
 
