@@ -38,8 +38,7 @@ def main(argv=None):
         run = load_run(args.run or latest_run())
         other = load_run(args.compare) if args.compare else None
         for each in filter(None, (run, other)):
-            if not any(codebook.enabled for codebook in each.model.codebooks().values()):
-                raise ValueError(f"the run in {each.folder} has no codebooks, or they were not started yet")
+            each.sites()
         if other and other.data != run.data:
             raise ValueError(f"the runs in {run.folder} and {other.folder} are on different data")
         if other and other.config.block_size < run.config.block_size:

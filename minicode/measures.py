@@ -237,7 +237,7 @@ def control_study(run, n_pairs=400):
     95 % confidence interval, over N_SEEDS samples of n_pairs pairs of states.
     """
     fsm, model = run.fsm, run.model
-    sites = [site for site, codebook in model.codebooks().items() if codebook.enabled]
+    sites = run.sites()
     generator, rng = torch.Generator(model.device).manual_seed(0), np.random.default_rng(0)
 
     everywhere, other = fsm.copy_codes(model, sites), int(rng.integers(1, fsm.n_states))

@@ -254,6 +254,13 @@ class Run:
         path = self.folder / "dense.pt"
         return load_model(self.config, path, self.model.device) if path.exists() else None
 
+    def sites(self):
+        """The sites whose codebooks are in use; ValueError where there are none."""
+        sites = [site for site, codebook in self.model.codebooks().items() if codebook.enabled]
+        if not sites:
+            raise ValueError(f"the run in {self.folder} has no codebooks, or they were not started yet: there are no codes")
+        return sites
+
     fsm = property(lambda self: self.data if isinstance(self.data, FSM) else None, doc="The machine of a run on TokFSM.")
     tokenizer = property(lambda self: getattr(self.data, "tokenizer", None), doc="The tokenizer of a run on text.")
 

@@ -86,9 +86,7 @@ def demonstrate(run, args):
     if not isinstance(run.data, FSM):
         raise ValueError("a bare --force-code is the demonstration on TokFSM; on text: --force-code topic:NAME, or word:WORD")
     fsm, model, rng = run.fsm, run.model, np.random.default_rng(args.seed)
-    sites = [site for site, codebook in model.codebooks().items() if codebook.enabled]
-    if not sites:
-        raise ValueError(f"the run in {run.folder} has no codebooks, or they were not started yet: there are no codes to force")
+    sites = run.sites()
     prompt = fsm.prompt((args.prompt or "").strip() or fsm.name(rng.integers(fsm.n_states)))
     n_new = max(fsm.digits, new_tokens(run, prompt, args.max_new_tokens, 6 * fsm.digits))
     a = fsm.decode(prompt[0, 1:].numpy())[-1]

@@ -67,8 +67,7 @@ def expand(run, text):
         raise ValueError(f"{text!r} is no code; on a run of text, topic:NAME and word:WORD are too")
     if kind == "topic" and name not in topics:
         raise ValueError(f"there is no topic {name!r}; " + (f"there are {', '.join(topics)}" if topics else "your own text has none: try word:"))
-    if not any(codebook.enabled for codebook in run.model.codebooks().values()):
-        raise ValueError(f"{text}: the run in {run.folder} has no codebooks, or they were not started yet")
+    run.sites()
     if kind == "topic" and (run.folder / "steering.json").exists():
         codes = read_json(run.folder / "steering.json", lambda table: [str(code) for code in table["topics"][name]["codes"]])
     else:

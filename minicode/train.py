@@ -311,7 +311,8 @@ def command(argv, name, about, kind, presets, out, compare):
     """A training command, from its flags to its exit status; compare(summary) is the table at its end."""
     parser = Parser(name, about)
     parser.add_argument("--out", type=Path, default=Path(out), help=f"folder of the run (default: {out})")
-    parser.add_argument("--preset", choices=presets, default="default", help="settings to start from (default: ours); paper: its method and size")
+    paper = "; paper: its method and size" if "paper" in presets else ""
+    parser.add_argument("--preset", choices=presets, default="default", help=f"settings to start from (default: ours){paper}")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="continue the run in --out")
     either.add_argument("--overwrite", action="store_true", help="replace the run in --out")
