@@ -42,15 +42,19 @@ Sizes round_centred(const float* v, float scale, const float* centre, int64_t de
   return {length(whole), length(exact), length(rounded), length(lost)};
 }
 
+struct Tile {
+  alignas(64) uint16_t halves[16 * 32];
+};
+
 struct CodesInBfloat16 {  // of one group
   int64_t depth, width;             // d in steps of 32; C in steps of 32
-  std::vector<uint16_t> packed;     // [width / 16][depth / 2][16 codes][2], as a tile wants its right-hand side
+  std::vector<Tile> packed;         // [width / 16][depth / 32], each [16][16 codes][2] as a right-hand side wants it
   std::vector<float> offset, mu, m; // (width), (depth), (depth)
   Sizes largest;
   float largest_offset = 0;
 
   CodesInBfloat16(const Search& s, const Table& table, int64_t g, const Parallel& parallel)
-      : depth((s.dim + 31) / 32 * 32), width((s.n_codes + 31) / 32 * 32), packed(width * depth),
+      : depth((s.dim + 31) / 32 * 32), width((s.n_codes + 31) / 32 * 32), packed(width * depth / 512),
         offset(width, -inf), mu(depth), m(depth) {
     const int64_t d = s.dim, C = s.n_codes;
     const float *codes = s.codes + g * C * d, *scale = &table.scale[g * C];
@@ -68,7 +72,7 @@ struct CodesInBfloat16 {  // of one group
       for (int64_t c = begin * 16; c < std::min(end * 16, C); c++) {
         std::memcpy(code.data(), codes + c * d, d * sizeof(float));
         sizes[c] = round_centred(code.data(), scale[c], mu.data(), depth, row.data(), 32);
-        for (int64_t p = 0; p < depth; p += 2) std::memcpy(&packed[c / 16 * depth * 16 + p * 16 + c % 16 * 2], &row[p], 4);
+        for (int64_t p = 0; p < depth; p += 2) std::memcpy(packed[c / 16 * depth / 32].halves + p * 16 + c % 16 * 2, &row[p], 4);
         for (int64_t p = 0; p < d; p++) code[p] = code[p] * scale[c] - mu[p];
         offset[c] = dot_product(m.data(), code.data(), d) + table.offset[g * C + c];
       }
@@ -92,14 +96,14 @@ __attribute__((noinline)) void rescore(const Search& s, const Table& table, int6
   for (int64_t i = 0; i < n; i += 8) {
     const float* codes[8];
     float sums[8] = {};
-    for (int j = 0; j < 8; j++) codes[j] = s.codes + (g * s.n_codes + list[std::min(i + j, n - 1)].id) * s.dim;
+    for (int j = 0; j < 8; j++) codes[j] = s.codes + (g * s.n_codes + id_of(list[std::min(i + j, n - 1)])) * s.dim;
     for (int64_t p = 0; p < s.dim; p++) {
 #pragma GCC unroll 8
       for (int j = 0; j < 8; j++) sums[j] = std::fma(x[p], codes[j][p], sums[j]);
     }
     for (int64_t j = i, c; j < std::min(i + 8, n); j++) {
-      c = g * s.n_codes + list[j].id;
-      list[j].score = std::fma(sums[j - i], table.scale[c], table.offset[c]);
+      c = g * s.n_codes + id_of(list[j]);
+      list[j] = candidate(std::fma(sums[j - i], table.scale[c], table.offset[c]), id_of(list[j]));
     }
   }
 }
@@ -115,17 +119,12 @@ struct Block {
 
   void give_up(int64_t r) { sizes[r] = -1, floors[r] = inf; }
   void add(int64_t r, float score, int32_t id) {
-    lists[r * capacity + sizes[r]++] = {score, id};
+    lists[r * capacity + sizes[r]++] = candidate(score, id);
     if (k == 1) floors[r] = std::max(floors[r], score - bounds[r]);
   }
   // Keeps what can still be among the k best; a list that stays full gives its row up.
   void shrink(int64_t r) {
-    Candidate* list = &lists[r * capacity];
-    if (sizes[r] > k) {
-      std::nth_element(list, list + k - 1, list + sizes[r], better);
-      floors[r] = list[k - 1].score - bounds[r];
-      sizes[r] = std::partition(list, list + sizes[r], [&](const Candidate& c) { return c.score > floors[r]; }) - list;
-    }
+    floors[r] = cut(&lists[r * capacity], sizes[r], k, bounds[r]);
     if (sizes[r] > capacity - 64) give_up(r);
   }
 };
@@ -137,12 +136,12 @@ void configure_tiles() {
 }
 
 // 32 rows a against 32 codes b: scores[32][32], the offsets included.
-inline void score_tile(const uint16_t* a, const uint16_t* b, const float* offset, int64_t depth, float* scores) {
+inline void score_tile(const Tile* a, const Tile* b, const float* offset, int64_t depth, float* scores) {
   _tile_loadd(0, offset, 0); _tile_loadd(1, offset + 16, 0);  // a stride of 0: the same 16 offsets for 16 rows
   _tile_loadd(2, offset, 0); _tile_loadd(3, offset + 16, 0);
-  for (int64_t p = 0; p < depth; p += 32) {
-    _tile_loadd(4, a + p * 16, 64); _tile_loadd(5, a + 16 * depth + p * 16, 64);
-    _tile_loadd(6, b + p * 16, 64); _tile_loadd(7, b + 16 * depth + p * 16, 64);
+  for (int64_t p = 0; p < depth; p++) {
+    _tile_loadd(4, a + p, 64); _tile_loadd(5, a + depth + p, 64);
+    _tile_loadd(6, b + p, 64); _tile_loadd(7, b + depth + p, 64);
     _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
   }
@@ -153,11 +152,12 @@ inline void score_tile(const uint16_t* a, const uint16_t* b, const float* offset
 void search_block(const Search& s, const Table& table, const CodesInBfloat16& codes, int64_t g, int64_t start, int64_t n) {
   const int64_t depth = codes.depth, code_block = std::max<int64_t>(32, (1 << 15) / depth / 32 * 32);
   Block block(n, s.k);
-  std::vector<uint16_t> x(block.floors.size() * depth);  // [n / 16][depth / 32][16 rows][32], tile after tile
+  std::vector<Tile> x(block.floors.size() * depth / 512);  // [n / 16][depth / 32], each [16 rows][32]
   std::vector<float> row(depth);
   for (int64_t r = 0; r < n; r++) {
     std::memcpy(row.data(), s.x + g * s.x_group + (start + r) * s.x_row, s.dim * sizeof(float));
-    block.bounds[r] = codes.twice_bound(round_centred(row.data(), 1.0f, codes.m.data(), depth, &x[r / 16 * 16 * depth + r % 16 * 32], 512));
+    uint16_t* out = x[r / 16 * depth / 32].halves + r % 16 * 32;
+    block.bounds[r] = codes.twice_bound(round_centred(row.data(), 1.0f, codes.m.data(), depth, out, 512));
     if (block.bounds[r] < 1e30f) block.floors[r] = -inf;
     else block.give_up(r);  // too large for float32, or not a number
   }
@@ -166,7 +166,7 @@ void search_block(const Search& s, const Table& table, const CodesInBfloat16& co
   for (int64_t c0 = 0; c0 < codes.width; c0 += code_block)
     for (int64_t r0 = 0; r0 < n; r0 += 32)
       for (int64_t c = c0; c < std::min(c0 + code_block, codes.width); c += 32) {
-        score_tile(&x[r0 * depth], &codes.packed[c * depth], &codes.offset[c], depth, scores);
+        score_tile(&x[r0 * depth / 512], &codes.packed[c * depth / 512], &codes.offset[c], depth / 32, scores);
         for (int64_t i = 0; i < 32; i++) {
           const float floor = block.floors[r0 + i];
           uint32_t lanes = 0;

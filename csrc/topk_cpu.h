@@ -1,6 +1,7 @@
 // What the searches of topk_cpu.cpp and topk_coarse.cpp share: vectors, lists of candidates, the codes' scales.
 #pragma once
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -38,15 +39,52 @@ inline uint32_t bits(vi mask) {  // one bit for each lane that is -1
 #endif
 }
 
-struct Candidate {
-  float score;
-  int32_t id;
-};
-inline bool better(const Candidate& a, const Candidate& b) {
-  return a.score > b.score || (a.score == b.score && a.id < b.id);
+// A candidate is one number, the greater the better: the bits of its score, made to rank as integers do, above the
+// complement of its id.
+using Candidate = int64_t;
+inline int32_t ranked(int32_t bits) { return bits ^ (bits >> 31 & 0x7fffffff); }  // its own inverse
+inline Candidate candidate(float score, int32_t id) {
+  return int64_t(ranked(std::bit_cast<int32_t>(score + 0.0f))) << 32 | uint32_t(~id);  // + 0: -0 ranks as 0 does
+}
+inline float score_of(Candidate c) { return std::bit_cast<float>(ranked(c >> 32)); }
+inline int32_t id_of(Candidate c) { return ~int32_t(c); }
+
+// The k-th greatest of n different numbers, by halving the interval that it lies in: no branch depends on a number.
+inline Candidate kth(const Candidate* list, int64_t n, int64_t k) {
+  Candidate low = *std::min_element(list, list + n), high = *std::max_element(list, list + n);
+  while (low < high) {
+    const Candidate middle = high - int64_t((uint64_t(high) - uint64_t(low)) / 2);
+    int64_t count = 0;
+    Candidate least = high;
+    for (int64_t i = 0; i < n; i++) {
+      count += list[i] >= middle;
+      least = std::min(least, list[i] >= middle ? list[i] : high);
+    }
+    if (count == k) return least;
+    if (count > k) low = middle;
+    else high = middle - 1;
+  }
+  return low;
 }
 
-// The best k of the codes offered so far, in any order, and a few more.
+// Keeps, in their order, the k best of a list and what lies less than `slack` below them; k or fewer stay as they are.
+// Returns what the next must exceed.
+inline float cut(Candidate* list, int64_t& size, int64_t k, float slack) {
+  if (size < k) return -inf;
+  const Candidate last = kth(list, size, k);
+  const float floor = score_of(last) - slack;
+  const Candidate above = std::min(last - 1, candidate(floor, 0));
+  int64_t kept = 0;
+  for (int64_t i = 0; i < size; i++) {
+    const Candidate c = list[i];
+    list[kept] = c;
+    kept += c > above;
+  }
+  size = kept;
+  return floor;
+}
+
+// The best k of the codes offered so far, and a few more.
 struct Best {
   Candidate* list;
   int64_t size = 0;
@@ -59,19 +97,16 @@ struct Best {
     return all;
   }
   float add(float score, int32_t id, int64_t k, float floor) {  // returns what the next must exceed
-    list[size++] = {score, id};
-    if (size < capacity(k)) return floor;
-    std::nth_element(list, list + k - 1, list + size, better);
-    size = k;
-    return list[k - 1].score;
+    list[size++] = candidate(score, id);
+    return size < capacity(k) ? floor : cut(list, size, k, 0);
   }
   // Writes the k best in order. What is missing scored -inf or NaN: the lowest ids that are not here.
   void write(int64_t k, float* scores, int64_t* ids) {
-    int64_t n = std::min(size, k), next = 0;
-    std::partial_sort(list, list + n, list + size, better);
-    for (int64_t i = 0; i < n; i++) scores[i] = list[i].score, ids[i] = list[i].id;
-    for (int64_t i = n; i < k; i++, next++) {
-      while (std::find(ids, ids + n, next) != ids + n) next++;
+    cut(list, size, k, 0);
+    std::sort(list, list + size, std::greater<>());
+    for (int64_t i = 0; i < size; i++) scores[i] = score_of(list[i]), ids[i] = id_of(list[i]);
+    for (int64_t i = size, next = 0; i < k; i++, next++) {
+      while (std::find(ids, ids + size, next) != ids + size) next++;
       scores[i] = -inf, ids[i] = next;
     }
   }
