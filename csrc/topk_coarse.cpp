@@ -1,6 +1,6 @@
 // The search on a CPU that has bfloat16 tiles (AMX): every code is scored in bfloat16, 32 rows x 32 codes at a
-// time; the codes within twice the error bound of the k-th best are scored again in float32, as search_rows
-// would, with the same bits. Rows with too many such codes, or that are not finite, are left to search_rows.
+// time; the codes within twice the error bound of the k-th best are scored again in float32. Rows with too many
+// such codes, or that are not finite, are left to search_rows.
 //
 // The bound. With x = x' + m and scale * c = c' + mu (any m, mu; here the means, which shorten x' and c'):
 //     x·(scale c) + offset  =  x'·c'  +  (m·c' + offset)  +  x·mu,       and x·mu is the same for every code.
@@ -91,23 +91,6 @@ struct CodesInBfloat16 {  // of one group
   }
 };
 
-// The float32 scores of 8 codes at a time, summed in the order of search_rows, hence with the same bits.
-__attribute__((noinline)) void rescore(const Search& s, const Table& table, int64_t g, const float* x, Candidate* list, int64_t n) {
-  for (int64_t i = 0; i < n; i += 8) {
-    const float* codes[8];
-    float sums[8] = {};
-    for (int j = 0; j < 8; j++) codes[j] = s.codes + (g * s.n_codes + id_of(list[std::min(i + j, n - 1)])) * s.dim;
-    for (int64_t p = 0; p < s.dim; p++) {
-#pragma GCC unroll 8
-      for (int j = 0; j < 8; j++) sums[j] = std::fma(x[p], codes[j][p], sums[j]);
-    }
-    for (int64_t j = i, c; j < std::min(i + 8, n); j++) {
-      c = g * s.n_codes + id_of(list[j]);
-      list[j] = candidate(std::fma(sums[j - i], table.scale[c], table.offset[c]), id_of(list[j]));
-    }
-  }
-}
-
 // A block of rows of one group: their candidates so far, and the score that the next must exceed.
 struct Block {
   const int64_t k, capacity;
@@ -115,7 +98,7 @@ struct Block {
   std::vector<int64_t> sizes;
   std::vector<float> floors, bounds;
 
-  Block(int64_t n, int64_t k) : k(k), capacity(3 * k + 96), lists(n * capacity), sizes(n), floors((n + 31) / 32 * 32, inf), bounds(n) {}
+  Block(int64_t n, int64_t k) : k(k), capacity(2 * k + 64), lists(n * capacity), sizes(n), floors((n + 31) / 32 * 32, inf), bounds(n) {}
 
   void give_up(int64_t r) { sizes[r] = -1, floors[r] = inf; }
   void add(int64_t r, float score, int32_t id) {
@@ -125,9 +108,30 @@ struct Block {
   // Keeps what can still be among the k best; a list that stays full gives its row up.
   void shrink(int64_t r) {
     floors[r] = cut(&lists[r * capacity], sizes[r], k, bounds[r]);
-    if (sizes[r] > capacity - 64) give_up(r);
+    if (sizes[r] > capacity - 32) give_up(r);
   }
 };
+
+// Scores the candidates again in float32, and writes the best k. The lists are in the order of their ids: all rows take
+// their codes from one stretch, while it is in the cache.
+void finish(const Search& s, const Table& table, int64_t g, int64_t start, int64_t n, Block& block) {
+  const int64_t d = s.dim, stretch = std::max<int64_t>(1, (1 << 18) / d);
+  std::vector<int64_t> left, done(n);
+  for (int64_t r = 0; r < n; r++) block.shrink(r);
+  for (int64_t end = stretch; end < s.n_codes + stretch; end += stretch)
+    for (int64_t r = 0; r < n; r++)
+      for (Candidate* c = &block.lists[r * block.capacity + done[r]]; done[r] < block.sizes[r] && id_of(*c) < end; c++, done[r]++) {
+        const int64_t id = id_of(*c), code = g * s.n_codes + id;
+        const float product = dot_product(s.x + g * s.x_group + (start + r) * s.x_row, s.codes + code * d, d);
+        *c = candidate(product * table.scale[code] + table.offset[code], id);
+      }
+  for (int64_t r = 0; r < n; r++) {
+    const int64_t at = (g * s.n_rows + start + r) * s.k;
+    if (block.sizes[r] < s.k) left.push_back(start + r);
+    else Best{&block.lists[r * block.capacity], block.sizes[r]}.write(s.k, s.scores + at, s.ids + at);
+  }
+  if (!left.empty()) search_rows(s, table, g, left.data(), left.size());
+}
 
 void configure_tiles() {
   alignas(64) uint8_t config[64] = {1};
@@ -177,19 +181,7 @@ void search_block(const Search& s, const Table& table, const CodesInBfloat16& co
         }
       }
   _tile_release();
-  std::vector<int64_t> left;
-  for (int64_t r = 0; r < n; r++) {
-    if (block.sizes[r] >= 0) block.shrink(r);
-    if (block.sizes[r] < s.k) {
-      left.push_back(start + r);
-      continue;
-    }
-    Candidate* list = &block.lists[r * block.capacity];
-    rescore(s, table, g, s.x + g * s.x_group + (start + r) * s.x_row, list, block.sizes[r]);
-    const int64_t at = (g * s.n_rows + start + r) * s.k;
-    Best{list, block.sizes[r]}.write(s.k, s.scores + at, s.ids + at);
-  }
-  if (!left.empty()) search_rows(s, table, g, left.data(), left.size());
+  finish(s, table, g, start, n, block);
 }
 
 }  // namespace
@@ -200,8 +192,8 @@ bool coarse_ready() {  // Linux wants to be asked for the tile registers (18), b
 }
 
 Coarse coarse_search(const Search& s, const Table& table, const Parallel& parallel) {
-  // Fewer codes, or dimensions, are scored in float32 before their bounds are known.
-  if (s.n_rows < 64 || s.n_codes * s.dim < 1 << 17 || s.k > s.n_codes / 16 || !coarse_ready()) return {};
+  // Fewer rows, codes or dimensions are scored in float32 before their bounds are known.
+  if (s.n_rows < 256 || s.n_codes * s.dim < 1 << 16 || s.k > s.n_codes / 16 || !coarse_ready()) return {};
   std::vector<CodesInBfloat16> groups;
   for (int64_t g = 0; g < s.n_groups; g++) groups.emplace_back(s, table, g, parallel);
   return [&s, &table, groups = std::move(groups)](int64_t g, int64_t start, int64_t n) {

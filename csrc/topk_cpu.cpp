@@ -32,6 +32,7 @@ void search_rows(const Search& s, const Table& table, int64_t g, const int64_t* 
   std::vector<float> x(n_panels * R * d), packed(code_block * d);
   std::vector<vf> floors(n_panels * NV, vf{} - inf);
   std::vector<vi> winners(n_panels * NV);
+  for (int64_t i = n; i < n_panels * R; i++) floors[i / W][i % W] = inf;
   for (int64_t i = 0; i < n_panels * R; i++)  // x[panel][p][row]; the last panel repeats the last row
     for (int64_t p = 0; p < d; p++)
       x[(i / R * d + p) * R + i % R] = s.x[g * s.x_group + rows[std::min(i, n - 1)] * s.x_row + p];
@@ -63,7 +64,7 @@ void search_rows(const Search& s, const Table& table, int64_t g, const int64_t* 
             for (uint32_t lanes = bits(above); lanes; lanes &= lanes - 1) {
               const int lane = __builtin_ctz(lanes);
               const int64_t row = panel * R + v * W + lane;
-              floor[v][lane] = row < n ? best[row].add(score[lane], id, s.k, floor[v][lane]) : inf;
+              best[row].add(score[lane], id, s.k, ((float*)floor)[v * W + lane]);
             }
           }
         }
@@ -96,7 +97,7 @@ void search_few(const Search& s, const Parallel& parallel, int64_t n_parts) {
           for (int64_t r = 0; r < s.n_rows; r++) {
             const int64_t i = g * s.n_rows + r;
             const float score = dot_product(s.x + g * s.x_group + r * s.x_row, code, d) * scale + offset;
-            if (score > floors[i]) floors[i] = best[part * n + i].add(score, c, s.k, floors[i]);
+            if (score > floors[i]) best[part * n + i].add(score, c, s.k, floors[i]);
           }
         }
       }

@@ -96,9 +96,9 @@ struct Best {
     for (int64_t i = 0; i < n; i++) all[i].list = &room[i * capacity(k)];
     return all;
   }
-  float add(float score, int32_t id, int64_t k, float floor) {  // returns what the next must exceed
+  void add(float score, int32_t id, int64_t k, float& floor) {  // floor: what the next must exceed
     list[size++] = candidate(score, id);
-    return size < capacity(k) ? floor : cut(list, size, k, 0);
+    if (size == capacity(k)) floor = cut(list, size, k, 0);
   }
   // Writes the k best in order. What is missing scored -inf or NaN: the lowest ids that are not here.
   void write(int64_t k, float* scores, int64_t* ids) {

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_topk import make
+from test_topk import make, same_but_for_rounding
 
 from minicode import extension
+from minicode.topk import SIMILARITIES
 
 ROOT = Path(__file__).parent.parent
 SEARCH = """
@@ -30,13 +31,16 @@ needs_compiler = pytest.mark.skipif(
 
 @needs_compiler
 @pytest.mark.parametrize("kind", ["plain", "common", "near", "scales", "equal"])
-def test_the_coarse_pass_gives_the_same_bits(kind):
-    """The codes scored in bfloat16 first, and those scored in float32 throughout: ids and scores are the same."""
+def test_the_coarse_pass_gives_the_answer_of_float32_throughout(kind):
+    """The codes scored in bfloat16 first, and those scored in float32 throughout: the same but for float32's rounding,
+    and on whole numbers, where float32 rounds no product, the same to the last bit."""
     assert extension.load()[0]
     generator = torch.Generator().manual_seed(0)
-    for n_rows, n_codes, dim, k in ((65, 300, 31, 1), (200, 1000, 64, 8), (100, 5000, 128, 100), (70, 257, 1, 3), (600, 2000, 768, 1)):
-        for similarity in range(3):
+    for n_rows, n_codes, dim, k in ((300, 700, 95, 1), (400, 1100, 64, 8), (300, 4096, 64, 100), (256, 8192, 8, 3), (600, 2000, 768, 1)):
+        for similarity, name in enumerate(SIMILARITIES):
             x, codes = make(kind, 2, n_rows, n_codes, dim, generator)
+            same_but_for_rounding(x, codes, k, name, *torch.ops.minicode_native.topk(x, codes, k, similarity, True))
+            x, codes = (3 * x).round(), (3 * codes).clamp(-300, 300).round()
             coarse, plain = (torch.ops.minicode_native.topk(x, codes, k, similarity, how) for how in (True, False))
             assert torch.equal(coarse[1], plain[1]) and torch.equal(coarse[0], plain[0])
 

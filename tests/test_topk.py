@@ -55,7 +55,7 @@ def random_cases(n):
     for _ in range(n):
         n_codes = draw.choice([1, 2, 7, 31, 33, 100, 257, 300, 513, 1000])
         k = draw.choice([1, 1, 2, 5, 8, 16, 40, n_codes])
-        shape = draw.choice([1, 1, 2, 3]), draw.choice([0, 1, 5, 9, 33, 64, 100, 200]), n_codes, draw.choice([1, 2, 3, 16, 31, 33, 64, 100])
+        shape = draw.choice([1, 1, 2, 3]), draw.choice([0, 1, 5, 9, 33, 64, 100, 300]), n_codes, draw.choice([1, 2, 3, 16, 31, 33, 64, 100])
         yield *shape, min(k, n_codes), draw.choice(SIMILARITIES), draw.choice(["plain", "common", "near", "scales", "equal"])
 
 
@@ -90,7 +90,7 @@ def test_inputs_that_sit_on_the_error_bound(k):
     what they are ahead. Signs alternate, so that the means that are subtracted are 0.
     """
     dim, h = 64, 2.0**-8
-    x = torch.ones(128, dim)
+    x = torch.ones(256, dim)
     x[1::2] = -1
     codes = 0.5 * torch.ones(4096, dim)
     codes[8::16] = -0.5
@@ -152,8 +152,10 @@ def test_lower_id_first_among_equals(k):
     codes = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [-1.0, 0.0]])
     _, ids = topk_codes(torch.tensor([[1.0, 0.0]]), codes, k, "dot")
     assert ids.tolist() == [[1, 2, 4, 0, 3, 5][:k]]
-    _, ids = topk_codes(torch.ones(100, 3), torch.ones(400, 3), k)  # rows enough for every way of searching
+    _, ids = topk_codes(torch.ones(256, 64), torch.ones(1024, 64), k)  # enough for every way of searching
     assert (ids == torch.arange(k)).all()
+    _, ids = topk_codes(torch.full((20, 1), -1e-30), torch.full((9, 1), 1e-30) * (torch.arange(9.0)[:, None] % 2 == 0), k, "distance")
+    assert (ids == torch.arange(k)).all()  # -0 equals 0
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
