@@ -66,7 +66,7 @@ def _load(cuda):
     compiler = next(filter(None, map(shutil.which, names)), None)
     if not compiler:
         raise RuntimeError(f"there is no C++ compiler ({', '.join(names)})")
-    files = sorted(path for path in sources.iterdir() if path.suffix in (".cpp", ".h") or (cuda and path.suffix == ".cu"))
+    files = sorted(path for path in sources.iterdir() if path.suffix in (".cpp", ".h") or (cuda and path.suffix in (".cu", ".cuh")))
     cpu = _output(compiler, "-march=native", "-Q", "--help=target") or _output("grep", "-m1", "^flags", "/proc/cpuinfo")
     parts = [torch.__version__, torch.version.cuda, sys.version, platform.machine(), cpu, FLAGS, ABI]
     parts += [cuda, cuda and _output(cuda[0], "--version"), _output(compiler, "--version")]
@@ -80,7 +80,7 @@ def _load(cuda):
         with tempfile.TemporaryDirectory(dir=cache, prefix="build-") as folder:
             for path in files:
                 shutil.copy(path, folder)
-            built = _build(Path(folder), compiler, cuda, [path for path in files if path.suffix != ".h"])
+            built = _build(Path(folder), compiler, cuda, [path for path in files if path.suffix in (".cpp", ".cu")])
             content = built.read_bytes()
             built.write_bytes(content + hashlib.sha256(content).digest())  # a loader ignores what follows the ELF file
             os.replace(built, binary)
@@ -141,7 +141,7 @@ def _register_fakes():
         return x.new_empty(*x.shape[:2], k), x.new_empty(*x.shape[:2], k, dtype=torch.int64)
 
     torch.library.register_fake("minicode_native::topk", lambda x, codes, k, similarity, coarse: empty(x, k))
-    torch.library.register_fake("minicode_native::topk_cuda", lambda x, codes, scale, offset, k: empty(x, k))
+    torch.library.register_fake("minicode_native::topk_cuda", lambda x, codes, scale, offset, k, coarse: empty(x, k))
 
 
 def main():

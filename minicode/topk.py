@@ -6,6 +6,7 @@ storing the N x C scores: by the extension in csrc/ where it can be built, else 
 """
 
 import torch
+import torch.nn.functional as F
 
 from minicode import extension
 
@@ -72,7 +73,38 @@ def _native(x, codes, k, similarity):
     if x.device.type == "cpu":
         return torch.ops.minicode_native.topk(x, codes, k, SIMILARITIES.index(similarity), True)
     scale, offset = scale_and_offset(codes, similarity)
-    return torch.ops.minicode_native.topk_cuda(x, codes, scale.contiguous(), offset.contiguous(), k)
+    # A coarse pass has its cost, the same for few codes as for many, and needs bfloat16 tensor cores.
+    large = x.shape[2] >= 16 and codes.shape[1] >= 1024 and x.numel() * codes.shape[1] >= 1 << 32
+    coarse = coarse_pass(x, codes, scale, offset) if large and torch.cuda.get_device_capability(x.device) >= (8, 0) else []
+    return torch.ops.minicode_native.topk_cuda(x, codes, scale.contiguous(), offset.contiguous(), k, coarse)
+
+
+def coarse_pass(x, codes, scale, offset):
+    """What csrc/topk_coarse.cu scores in bfloat16: x and scale * codes without their means (x', c' below), the offsets that
+    then belong to the codes, and for each row of x twice the bound of the error. Derived in csrc/topk_coarse.cpp."""
+
+    def length(v):
+        return torch.linalg.vector_norm(v, dim=-1) * 1.0001 + 1e-20  # above its rounding, and squares that underflow
+
+    table = codes * scale.mT
+    (m, x), (mu, table) = (_centred(v) for v in (x, table))
+    depth, width = -x.shape[2] % 32, -codes.shape[1] % 128
+    plus = (table * m).sum(-1) + offset.squeeze(-2)
+    halves = [v.bfloat16() for v in (x, table)]
+    (row, lost), (code, code_lost) = ((length(v), length(v - half)) for v, half in zip((x, table), halves))  # |x'|, |x' - ^x'|
+    code, code_lost, largest = (v.amax(-1, keepdim=True) for v in (code, code_lost, torch.maximum(plus.abs(), offset.squeeze(-2).abs())))
+    whole, code_whole = row + length(m), code + length(mu)  # at least |x|, |scale * c|
+    sizes = (row + whole) * (code + code_whole) + largest
+    bound = lost * code + (row + lost) * code_lost + (x.shape[2] + 16) * 2**-22 * sizes
+    # Nor may x·c leave the range of float32 before it is scaled.
+    bound = bound + scale.amax(-1) * 1e-40
+    bound = bound.masked_fill(whole * length(codes).amax(-1, keepdim=True) > 1e37, torch.inf)
+    return [F.pad(halves[0], (0, depth)), F.pad(halves[1], (0, depth, 0, width)), F.pad(plus, (0, width), value=-torch.inf), 2.001 * bound + 1e-30]
+
+
+def _centred(v):
+    mean = v.mean(1, keepdim=True).nan_to_num(0, 0, 0)  # any will do
+    return mean, v - mean
 
 
 def search_in_chunks(x, codes, k, similarity, search):

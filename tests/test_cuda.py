@@ -1,4 +1,4 @@
-"""The CUDA kernels: they compile; and, run thread by thread on a CPU, they keep to the definition."""
+"""The CUDA kernels: they compile; run thread by thread on a CPU, and on a GPU where there is one, they keep to the definition."""
 
 import ctypes
 import shutil
@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_topk import same_but_for_rounding
+from test_topk import make, same_but_for_rounding
 
-from minicode.topk import SIMILARITIES, scale_and_offset
+from minicode import extension, topk_codes
+from minicode.topk import SIMILARITIES, coarse_pass, scale_and_offset
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc here")
-@pytest.mark.parametrize("arch", ["sm_75", "sm_90"])
-def test_kernels_compile_alone(arch, tmp_path):
-    command = ["nvcc", "-std=c++17", f"-arch={arch}", "-c", str(ROOT / "csrc" / "topk_cuda.cu"), "-o", str(tmp_path / "topk.o")]
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90"])
+@pytest.mark.parametrize("name", ["topk_cuda", "topk_coarse"])
+def test_kernels_compile_alone(name, arch, tmp_path):
+    command = ["nvcc", "-std=c++17", f"-arch={arch}", "-c", str(ROOT / "csrc" / f"{name}.cu"), "-o", str(tmp_path / "topk.o")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
@@ -28,22 +30,26 @@ def search(tmp_path_factory):
     if not compiler:
         pytest.skip("there is no g++ here")
     library = tmp_path_factory.mktemp("cuda") / "kernels.so"
-    command = [compiler, "-std=c++20", "-O2", "-w", "-shared", "-fPIC", "-pthread", "-x", "c++", f"-I{ROOT / 'csrc'}",
+    command = [compiler, "-std=c++20", "-O2", "-w", "-shared", "-fPIC", "-x", "c++", f"-I{ROOT / 'csrc'}",
                str(ROOT / "tests" / "cuda_on_cpu.h"), "-o", str(library)]  # fmt: skip
     subprocess.run(command, check=True)
     function = ctypes.CDLL(str(library)).search
     function.restype = ctypes.c_bool
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [*[pointer] * 4, *[number] * 5, pointer, pointer]
+    function.argtypes = [ctypes.c_void_p] * 4
 
-    def run(x, codes, k, similarity):
-        scores = torch.full((*x.shape[:2], k), 7.0)
-        ids = torch.full((*x.shape[:2], k), -7)
-        inputs = [tensor.contiguous() for tensor in (x, codes, *scale_and_offset(codes, similarity))]
-        sizes = *x.shape[:2], codes.shape[1], x.shape[2], k
-        done = function(*(tensor.data_ptr() for tensor in inputs), *sizes, scores.data_ptr(), ids.data_ptr())
+    def run(x, codes, k, similarity, coarse=False):
+        """Scores and ids; with a coarse pass also how many candidates it left to each row, 0 where it gave up."""
+        scores, ids = torch.full((*x.shape[:2], k), 7.0), torch.full((*x.shape[:2], k), -7)
+        scale, offset = scale_and_offset(codes, similarity)
+        inputs = coarse_pass(x, codes, scale, offset) if coarse else []
+        lists, counts = torch.empty(*x.shape[:2], 128, dtype=torch.int64), torch.full(x.shape[:2], -7, dtype=torch.int32)
+        pointers = [tensor.data_ptr() for tensor in (*inputs, lists, counts)]
+        # The fields of Search and CoarsePass in csrc/topk.h, all of eight bytes.
+        numbers = torch.tensor([x.data_ptr(), *x.stride()[:2], codes.data_ptr(), *x.shape[:2], *codes.shape[1:], k, 2, scores.data_ptr(), ids.data_ptr()])
+        more = torch.tensor([*pointers[:2], inputs[0].shape[2], inputs[1].shape[1], *pointers[2:]] if coarse else [0] * 8)
+        done = function(numbers.data_ptr(), scale.contiguous().data_ptr(), offset.contiguous().data_ptr(), more.data_ptr())
         assert done == (k <= 32)
-        return scores, ids
+        return (scores, ids, counts) if coarse else (scores, ids)
 
     return run
 
@@ -82,3 +88,84 @@ def test_many_codes_of_rising_score_overflow_no_list(search):
 
 def test_large_k_is_left_to_others(search):
     assert search(torch.ones(1, 2, 1), torch.ones(1, 50, 1), 33, "dot")[1][0, 0, 0] == -7
+
+
+def test_strided_rows(search):
+    x, codes = torch.randn(60, 2, 3, 40), torch.randn(3, 200, 18)
+    view = x[:, 1, :, 1:19].transpose(0, 1)
+    for k in (1, 4):
+        same = search(view.contiguous(), codes, k, "distance")
+        for coarse in (False, True):
+            assert all(torch.equal(a, b) for a, b in zip(same, search(view, codes, k, "distance", coarse)))
+
+
+def same_bits(search, x, codes, k, similarity):
+    """The coarse pass finds what the float32 kernel finds; returns how many candidates it had for each row."""
+    scores, ids, counts = search(x, codes, k, similarity, coarse=True)
+    plain = search(x, codes, k, similarity)
+    assert torch.equal(ids, plain[1]) and torch.equal(scores, plain[0])
+    assert ((counts == 0) | (counts >= k)).all()
+    return counts
+
+
+@pytest.mark.parametrize("kind", ["plain", "common", "near", "scales", "equal"])
+def test_the_coarse_pass_gives_the_same_bits(search, kind):
+    generator = torch.Generator().manual_seed(0)
+    given_up = []
+    for n_groups, n_rows, n_codes, dim, k in ((2, 130, 300, 31, 1), (1, 33, 700, 70, 8), (3, 5, 257, 3, 1), (1, 40, 900, 128, 32)):
+        for similarity in SIMILARITIES[: 1 if k == 32 else 3]:
+            x, codes = make(kind, n_groups, n_rows, n_codes, dim, generator)
+            given_up.append((same_bits(search, x, codes, k, similarity) == 0).float().mean())
+    assert sum(given_up) / len(given_up) <= (0.6 if kind == "scales" else 0.1)  # it is the coarse pass that was tested
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_inputs_that_sit_on_the_error_bound(search, k):
+    """As in test_topk.py: the best code lags behind by nearly what the bound allows. Signs alternate: the means are 0."""
+    dim, h = 64, 2.0**-8
+    x = torch.ones(1, 34, dim)
+    x[0, 1::2] = -1
+    codes = 0.5 * torch.ones(1, 512, dim)
+    codes[0, 8::16] = -0.5
+    codes[0, 1:8] = codes[0, 9] = 1 + 1.001 * h
+    codes[0, 1:8, 0] = codes[0, 9, 0] = 1
+    codes[0, 301] = 1 + 0.999 * h
+    codes[0, 301, 0] = 1 + 2 * h
+    counts = same_bits(search, x, codes, k, "dot")
+    assert (search(x, codes, k, "dot", coarse=True)[1][0, ::2, 0] == 301).all() and (counts > 0).all()
+
+
+def test_coarse_rows_that_are_not_finite_or_too_large_are_left_to_float32(search):
+    torch.manual_seed(0)
+    x, codes = torch.randn(1, 60, 20), torch.randn(1, 200, 20)
+    x[0, 3, 5], x[0, 4], x[0, 40], x[0, 41] = torch.nan, torch.inf, 1e30, 1e-30
+    for k in (1, 5):
+        counts = same_bits(search, x, codes, k, "cosine")
+        assert (counts == 0).nonzero()[:, 1].tolist() == [3, 4, 40, 41]
+    for value in (torch.nan, torch.inf, 1e30):
+        codes[0, 7, 2] = value
+        assert (same_bits(search, x, codes, 2, "distance") == 0).all()
+    codes[0, 7, 2] = 0
+    for one, other in ((1e-12, 1e-30), (1e10, 1e30)):  # x·c is out of range, x·c / |c| is not
+        counts = same_bits(search, x[:, 5:40] * one, codes * other, 1, "cosine")
+        assert (counts == 0).all()
+
+
+def test_a_list_that_stays_full_gives_its_row_up(search):
+    """150 codes that bfloat16 can't tell apart, close to some of the rows and far from the others."""
+    torch.manual_seed(0)
+    x, codes = torch.randn(1, 60, 24), torch.randn(1, 700, 24)
+    codes[0, 100:400:2] = codes[0, 100] + 1e-4 * torch.randn(150, 24)
+    x[0, :30] += 2 * codes[0, 100]
+    x[0, 30:] -= 2 * codes[0, 100]
+    for k in (1, 6):
+        counts = same_bits(search, x, codes, k, "cosine")[0]
+        assert (counts[:30] == 0).all() and (counts[30:] > 0).all()
+
+
+def test_coarse_scores_that_rise_from_code_to_code(search):
+    """Every tile beats the one before: lists are cut again and again."""
+    codes = torch.arange(1.0, 601).view(1, 600, 1) * torch.eye(1, 17)
+    x = torch.rand(1, 50, 17) + 0.5
+    for k in (1, 16, 32):
+        assert (same_bits(search, x, codes, k, "dot") > 0).all()
