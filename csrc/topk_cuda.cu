@@ -42,7 +42,7 @@ __device__ void fetch(float (*tile)[ROWS + 4], const float* from, int64_t stride
   for (int i = 0; i < ROWS; i += step, from += step * stride) begin_copy<4>(&tile[q][row + i], from, row + i < there);
 }
 
-// candidates: how many the coarse pass found for each row, if there was one; only where they are too few, there is work.
+// candidates: how many the coarse pass found for each row, if there was one; only rows with too few are searched.
 template <int TR, bool ONE>
 __global__ void __launch_bounds__(2 * TR, 256 / TR) search_tiles(Search s, const float* scales, const float* offsets, const int* candidates) {
   __shared__ __align__(16) float rows[2][DEPTH][TR + 4], codes[2][DEPTH][TC + 4];
@@ -57,12 +57,9 @@ __global__ void __launch_bounds__(2 * TR, 256 / TR) search_tiles(Search s, const
   float best[8];
   int winner[8] = {};
   for (int i = 0; i < 8; i++) best[i] = -INFINITY;
-  bool needed = !candidates;
-  for (int r = threadIdx.x; r < TR; r += 2 * TR) {
-    floors[r] = -FLT_MAX, counts[r] = 0;
-    needed |= candidates && first + r < s.n_rows && candidates[group * s.n_rows + first + r] < k;
-  }
-  if (!__syncthreads_or(needed)) return;
+  const auto wanted = [&](int r) { return r < TR && first + r < s.n_rows && (!candidates || candidates[group * s.n_rows + first + r] < k); };
+  if (!__syncthreads_or(wanted(threadIdx.x))) return;
+  if (threadIdx.x < TR) floors[threadIdx.x] = -FLT_MAX, counts[threadIdx.x] = 0;
 
   const auto fetch_both = [&](int into, int64_t start, int p) {
     fetch<TR, 2 * TR>(rows[into], x, s.x_row, s.n_rows - first, p, d);
@@ -119,7 +116,7 @@ __global__ void __launch_bounds__(2 * TR, 256 / TR) search_tiles(Search s, const
   finish_copies();
   for (int i = 0; ONE && i < 8; i++) list_scores[ty * 8 + i][tx] = best[i], list_ids[ty * 8 + i][tx] = winner[i];
   __syncthreads();
-  for (int r = threadIdx.x; r < TR && first + r < s.n_rows; r += blockDim.x) {
+  if (const int r = threadIdx.x; wanted(r)) {
     if (ONE) counts[r] = 16;
     cut(list_scores[r], list_ids[r], counts[r], k, floors[r]);
     const int64_t at = (group * s.n_rows + first + r) * s.k;

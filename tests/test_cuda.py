@@ -69,6 +69,8 @@ def test_equal_scores_nan_and_infinity(search, k):
     codes = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat(1, 150, 1)  # 150 times each
     _, ids = search(torch.tensor([[[2.0, 1.0]]]), codes, k, "dot")
     assert ids[0, 0].tolist() == list(range(0, 2 * k, 2))
+    codes = torch.tensor([torch.nan, -torch.inf, 1, -torch.inf, torch.nan, 2]).view(1, 6, 1)
+    assert search(torch.ones(1, 1, 1), codes, 5, "dot")[1].flatten()[:k].tolist() == [5, 2, 0, 1, 3][:k]
     codes = torch.randn(1, 40, 4)
     codes[0, ::2] = torch.nan
     codes[0, 1] = torch.inf
@@ -121,27 +123,39 @@ def test_the_coarse_pass_gives_the_same_bits(search, kind):
 
 @pytest.mark.parametrize("k", [1, 4])
 def test_inputs_that_sit_on_the_error_bound(search, k):
-    """As in test_topk.py: the best code lags behind by nearly what the bound allows. Signs alternate: the means are 0."""
+    """As in test_topk.py: the best code lags behind by nearly what the bound allows. The means are 0: every code has its opposite."""
     dim, h = 64, 2.0**-8
     x = torch.ones(1, 34, dim)
     x[0, 1::2] = -1
-    codes = 0.5 * torch.ones(1, 512, dim)
-    codes[0, 8::16] = -0.5
+    codes = 0.5 * torch.ones(1, 256, dim)
     codes[0, 1:8] = codes[0, 9] = 1 + 1.001 * h
     codes[0, 1:8, 0] = codes[0, 9, 0] = 1
-    codes[0, 301] = 1 + 0.999 * h
-    codes[0, 301, 0] = 1 + 2 * h
+    codes[0, 150] = 1 + 0.999 * h
+    codes[0, 150, 0] = 1 + 2 * h
+    codes = torch.cat((codes, -codes), 1)
     counts = same_bits(search, x, codes, k, "dot")
-    assert (search(x, codes, k, "dot", coarse=True)[1][0, ::2, 0] == 301).all() and (counts > 0).all()
+    assert (search(x, codes, k, "dot", coarse=True)[1][0, ::2, 0] == 150).all() and (counts[0, ::2] > 0).all()
+
+
+@pytest.mark.parametrize("k", [1, 6])
+def test_candidates_are_the_codes_within_the_bound(search, k):
+    torch.manual_seed(0)
+    x, codes = torch.randn(2, 50, 48), torch.randn(2, 700, 48)
+    half_x, half_codes, offset, twice_bound = coarse_pass(x, codes, *scale_and_offset(codes, "distance"))
+    scores = half_x.float() @ half_codes.float().mT + offset.unsqueeze(1)
+    wanted = (scores > scores.topk(k).values[..., -1:] - twice_bound.unsqueeze(-1)).sum(-1)
+    counts = search(x, codes, k, "distance", coarse=True)[2]
+    assert (counts - wanted).abs().float().mean() <= 0.02  # but for rounding
 
 
 def test_coarse_rows_that_are_not_finite_or_too_large_are_left_to_float32(search):
     torch.manual_seed(0)
-    x, codes = torch.randn(1, 60, 20), torch.randn(1, 200, 20)
-    x[0, 3, 5], x[0, 4], x[0, 40], x[0, 41] = torch.nan, torch.inf, 1e30, 1e-30
+    x, codes = torch.randn(2, 60, 20), torch.randn(2, 200, 20)
+    x[1, 3, 5], x[1, 4], x[1, 40], x[1, 41] = torch.nan, torch.inf, 1e30, 1e-30
     for k in (1, 5):
         counts = same_bits(search, x, codes, k, "cosine")
-        assert (counts == 0).nonzero()[:, 1].tolist() == [3, 4, 40, 41]
+        assert (counts == 0).nonzero().tolist() == [[1, 3], [1, 4], [1, 40], [1, 41]]
+    x, codes = x[1:], codes[1:]
     for value in (torch.nan, torch.inf, 1e30):
         codes[0, 7, 2] = value
         assert (same_bits(search, x, codes, 2, "distance") == 0).all()
