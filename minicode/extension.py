@@ -117,11 +117,12 @@ def _build(folder, compiler, cuda, files):
     libraries = f"-L{shlex.quote(f'{root}/lib')} -lc10 -ltorch_cpu"
     rules = []
     if cuda:
-        home = Path(cuda[0]).resolve().parent.parent
+        homes = Path(cuda[0]).resolve().parent.parent, Path("/usr/local/cuda")  # nvcc may be a script that calls nvcc
+        home = next((home for home in homes if (home / "include" / "cuda_runtime.h").exists()), homes[0])
         flags += f" -DMINICODE_CUDA -isystem {home}/include"
         libraries += f" -lc10_cuda -L{home}/lib64 -lcudart"
         rules = [f"rule cuda\n command = {cuda[0]} -O3 -std=c++17 -arch={cuda[1]} -Xcompiler -fPIC -c $in -o $out"]
-    objects = [f"{path.stem}.o" for path in files]
+    objects = [f"{path.name}.o" for path in files]
     rules += [
         f"rule cpp\n command = {compiler} {flags} -c $in -o $out",
         f"rule link\n command = {compiler} -shared -fopenmp $in {libraries} -o $out",
@@ -152,4 +153,5 @@ def main():
         sys.exit(str(error))
     print(f"the C++ extension: {what if devices else 'none, ' + what}")
     print(f"on a CPU:   {torch.ops.minicode_native.cpu_path() if devices else 'PyTorch, in chunks'}; {torch.get_num_threads()} threads")
-    print(f"on a GPU:   {'CUDA, float32 tiles, for k up to 32' if 'cuda' in devices else 'PyTorch, in chunks'}")
+    gpu = "CUDA for k up to 32: float32, for many codes after bfloat16 on the tensor cores" if "cuda" in devices else "PyTorch, in chunks"
+    print(f"on a GPU:   {gpu}")

@@ -1,6 +1,7 @@
 """The CUDA kernels: they compile; run thread by thread on a CPU, and on a GPU where there is one, they keep to the definition."""
 
 import ctypes
+import random
 import shutil
 import subprocess
 from pathlib import Path
@@ -183,3 +184,96 @@ def test_coarse_scores_that_rise_from_code_to_code(search):
     x = torch.rand(1, 50, 17) + 0.5
     for k in (1, 16, 32):
         assert (same_bits(search, x, codes, k, "dot") > 0).all()
+
+
+@pytest.fixture
+def gpu():
+    """The kernel as torch's operator, on a real GPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU here")
+    if extension.load()[0] == ("cpu",):
+        pytest.skip("there is no nvcc that fits torch")
+    assert "cuda" in extension.load()[0], extension.load()[1]
+
+    def arguments(x, codes, k, similarity, coarse):
+        scale, offset = scale_and_offset(codes, similarity)
+        return x, codes, scale.contiguous(), offset.contiguous(), k, coarse_pass(x, codes, scale, offset) if coarse else []
+
+    return arguments
+
+
+def has_tensor_cores(device="cuda"):
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def same(found, wanted):
+    return all(torch.equal(a, b) for a, b in zip(found, wanted))
+
+
+def test_gpu_random_shapes(gpu):
+    draw, generator, topk_cuda = random.Random(0), torch.Generator().manual_seed(0), torch.ops.minicode_native.topk_cuda
+    for _ in range(60):
+        n_groups, n_rows = draw.choice([1, 1, 2, 5]), draw.choice([1, 31, 33, 127, 128, 129, 1000])
+        n_codes, dim = draw.choice([33, 127, 128, 129, 1000, 3001]), draw.choice([1, 7, 16, 32, 33, 96, 128, 257])
+        k, similarity = draw.choice([1, 1, 2, 8, 32]), draw.choice(SIMILARITIES)
+        kind = draw.choice(["plain", "common", "near", "scales", "equal"])
+        x, codes = (tensor.cuda() for tensor in make(kind, n_groups, n_rows, n_codes, dim, generator))
+        wanted = topk_cuda(*gpu(x, codes, k, similarity, False))
+        same_but_for_rounding(x, codes, k, similarity, *wanted)
+        if has_tensor_cores():
+            case = (kind, n_groups, n_rows, n_codes, dim, k, similarity)
+            assert same(topk_cuda(*gpu(x, codes, k, similarity, True)), wanted), case
+            some = x[:, ::2, : dim // 2 + 1]  # rows that are not contiguous, nor aligned
+            part = codes[..., : dim // 2 + 1].contiguous()
+            results = [topk_cuda(*gpu(some, part, k, similarity, coarse)) for coarse in (False, True)]
+            assert same(*results), case
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_gpu_rows_that_are_not_finite(gpu, k):
+    torch.manual_seed(0)
+    x, codes = torch.randn(2, 300, 40, device="cuda"), torch.randn(2, 500, 40, device="cuda")
+    x[1, 3, 5], x[1, 4], x[1, 40], x[0, 41] = torch.nan, torch.inf, 1e30, 1e-30
+    scores, ids = torch.ops.minicode_native.topk_cuda(*gpu(x, codes, k, "cosine", has_tensor_cores()))
+    assert same((scores, ids), torch.ops.minicode_native.topk_cuda(*gpu(x, codes, k, "cosine", False)))
+    assert ids[1, 3].tolist() == list(range(k)) and (scores[1, 3] == -torch.inf).all()  # nothing but NaN
+
+
+@pytest.mark.parametrize("k", [1, 8])
+def test_gpu_large_searches(gpu, k):
+    """Sizes for which topk_codes takes the tensor cores; on the stream that is current, and in a graph: nothing waits."""
+    x, codes = torch.randn(8192, 64, device="cuda"), torch.randn(8192, 64, device="cuda")
+    wanted = [t[0] for t in torch.ops.minicode_native.topk_cuda(*gpu(x[None], codes[None], k, "cosine", False))]
+    assert same(topk_codes(x, codes, k), wanted)
+    torch.cuda.synchronize()
+    stream, late = torch.cuda.Stream(), torch.zeros_like(x)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)  # what does not wait for this stream sees zeros
+        late.copy_(x)
+        found = topk_codes(late, codes, k)
+    stream.synchronize()
+    assert same(found, wanted)
+    graph, late = torch.cuda.CUDAGraph(), torch.randn_like(x)
+    with torch.cuda.graph(graph):  # an error if anything synchronises
+        found = topk_codes(late, codes, k)
+    late.copy_(x)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert same(found, wanted)
+
+
+def test_gpu_second_device(gpu):
+    if torch.cuda.device_count() < 2 or torch.cuda.get_device_capability(0) != torch.cuda.get_device_capability(1):
+        pytest.skip("there are no two GPUs of one kind here")
+    x, codes = torch.randn(600, 64), torch.randn(2000, 64)
+    on_first, on_second = (topk_codes(x.to(device), codes.to(device), 3) for device in ("cuda:0", "cuda:1"))
+    assert torch.cuda.current_device() == 0 and on_second[0].device.index == 1
+    assert same([t.cpu() for t in on_first], [t.cpu() for t in on_second])
+
+
+def test_gpu_opcheck(gpu):
+    for shape, k, similarity in (((2, 9, 4), 1, "cosine"), ((1, 700, 33), 3, "distance"), ((1, 0, 2), 2, "dot")):
+        x, codes = torch.randn(shape, device="cuda"), torch.randn(shape[0], 300, shape[2], device="cuda")
+        torch.library.opcheck(torch.ops.minicode.topk_codes, (x, codes, k, similarity))
+        torch.library.opcheck(torch.ops.minicode_native.topk_cuda, gpu(x, codes, k, similarity, shape[1] > 0 and has_tensor_cores()))
