@@ -11,7 +11,7 @@
 
 namespace minicode {
 namespace {
-constexpr int TC = 128, DEPTH = 8, LIST = 48, MOST = 32;  // codes, dimensions at a time; length of a list, largest k
+constexpr int TC = 128, LIST = 48, MOST = 32;  // codes at a time; length of a list, largest k
 
 __device__ bool better(float score, int id, float other_score, int other_id) {
   return score > other_score || (score == other_score && id < other_id);
@@ -33,7 +33,7 @@ __device__ void cut(float* scores, int* ids, int& count, int k, float& floor) {
 }
 
 // Begins to copy DEPTH dimensions from p on of up to n rows to tile[dimension][row]; what is missing is 0.
-template <int ROWS, int THREADS>
+template <int DEPTH, int ROWS, int THREADS>
 __device__ void fetch(float (*tile)[ROWS + 4], const float* from, int64_t stride, int64_t n, int p, int d) {
   const int q = threadIdx.x % DEPTH, row = threadIdx.x / DEPTH, step = THREADS / DEPTH;
   const int there = p + q < d ? int(min(n, int64_t(ROWS))) : 0;
@@ -45,9 +45,10 @@ __device__ void fetch(float (*tile)[ROWS + 4], const float* from, int64_t stride
 // candidates: how many the coarse pass found for each row, if there was one; only rows with too few are searched.
 template <int TR, bool ONE>
 __global__ void __launch_bounds__(2 * TR, 256 / TR) search_tiles(Search s, const float* scales, const float* offsets, const int* candidates) {
+  constexpr int DEPTH = ONE ? 16 : 8;
   __shared__ __align__(16) float rows[2][DEPTH][TR + 4], codes[2][DEPTH][TC + 4];
-  __shared__ float list_scores[TR][ONE ? 16 : LIST], floors[TR];
-  __shared__ int list_ids[TR][ONE ? 16 : LIST], counts[TR];
+  __shared__ float list_scores[TR][ONE ? 2 : LIST], floors[TR];
+  __shared__ int list_ids[TR][ONE ? 2 : LIST], counts[TR];
   const int64_t group = blockIdx.y, first = int64_t(blockIdx.x) * TR;
   const float *x = s.x + group * s.x_group + first * s.x_row, *table = s.codes + group * s.n_codes * s.dim;
   const float *scale = scales + group * s.n_codes, *offset = offsets + group * s.n_codes;
@@ -62,8 +63,8 @@ __global__ void __launch_bounds__(2 * TR, 256 / TR) search_tiles(Search s, const
   if (threadIdx.x < TR) floors[threadIdx.x] = -FLT_MAX, counts[threadIdx.x] = 0;
 
   const auto fetch_both = [&](int into, int64_t start, int p) {
-    fetch<TR, 2 * TR>(rows[into], x, s.x_row, s.n_rows - first, p, d);
-    fetch<TC, 2 * TR>(codes[into], table + start * d, d, s.n_codes - start, p, d);
+    fetch<DEPTH, TR, 2 * TR>(rows[into], x, s.x_row, s.n_rows - first, p, d);
+    fetch<DEPTH, TC, 2 * TR>(codes[into], table + start * d, d, s.n_codes - start, p, d);
   };
   int now = 0;
   fetch_both(now, 0, 0);
@@ -114,10 +115,17 @@ __global__ void __launch_bounds__(2 * TR, 256 / TR) search_tiles(Search s, const
     }
   }
   finish_copies();
-  for (int i = 0; ONE && i < 8; i++) list_scores[ty * 8 + i][tx] = best[i], list_ids[ty * 8 + i][tx] = winner[i];
+  for (int i = 0; ONE && i < 8; i++) {  // the best of 8 threads, in each of two warps
+    for (int other = 2; other < 16; other *= 2) {
+      const float score = __shfl_xor_sync(~0u, best[i], other);
+      const int id = __shfl_xor_sync(~0u, winner[i], other);
+      if (better(score, id, best[i], winner[i])) best[i] = score, winner[i] = id;
+    }
+    list_scores[ty * 8 + i][warp % 2] = best[i], list_ids[ty * 8 + i][warp % 2] = winner[i];
+  }
   __syncthreads();
   if (const int r = threadIdx.x; wanted(r)) {
-    if (ONE) counts[r] = 16;
+    if (ONE) counts[r] = 2;
     cut(list_scores[r], list_ids[r], counts[r], k, floors[r]);
     const int64_t at = (group * s.n_rows + first + r) * s.k;
     for (int i = 0, next = 0; i < k; i++) {  // what is missing scored -inf or NaN: the lowest ids not in the list

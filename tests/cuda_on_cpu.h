@@ -40,7 +40,7 @@ struct Thread {
   unsigned round;
   bool done;
 };
-struct Share { float number; bool vote; const void* address; uint32_t a[4], b[2]; };  // what a thread shows to its warp
+struct Share { double number; bool vote; const void* address; uint32_t a[4], b[2]; };  // what a thread shows to its warp
 
 static std::vector<Thread> threads;
 static jmp_buf scheduler;
@@ -77,8 +77,9 @@ static auto together(const Share& mine, Function function) {
   __syncwarp();
   return result;
 }
-static float __shfl_xor_sync(unsigned, float number, int mask) {
-  return together({number}, [=](const Share* all, int lane) { return all[lane ^ mask].number; });
+template <class T>
+static T __shfl_xor_sync(unsigned, T number, int mask) {
+  return together({double(number)}, [=](const Share* all, int lane) { return T(all[lane ^ mask].number); });
 }
 static unsigned __ballot_sync(unsigned, bool vote) {
   return together({0, vote}, [](const Share* all, int) {
