@@ -1,8 +1,8 @@
 // The search on a GPU, in float32, for k up to 32. Compiles alone: nvcc -std=c++17 -c topk_cuda.cu
 //
-// A block of threads takes TR rows and goes through the codes, 128 at a time; 8 of the d dimensions at a time pass
-// through shared memory, the next 8 being copied meanwhile, and every thread sums 8 rows x 8 codes in registers, from
-// where scores are compared and never stored. k = 1: each thread keeps the best that it saw, and the 16 threads of a row
+// A block of threads takes TR rows and goes through the codes, 128 at a time; a few of the d dimensions at a time pass
+// through shared memory, the next being copied meanwhile, and every thread sums 8 rows x 8 codes in registers, from where
+// scores are compared and never stored. k = 1: each thread keeps the best that it saw, and the 16 threads of a row
 // compare at the end. k > 1: what reaches a row's k-th best joins the row's list in shared memory, which is cut back to
 // k when it might overflow.
 #include "topk_cuda.cuh"
@@ -44,7 +44,8 @@ __device__ void fetch(float (*tile)[ROWS + 4], const float* from, int64_t stride
 
 // candidates: how many the coarse pass found for each row, if there was one; only rows with too few are searched.
 template <int TR, bool ONE>
-__global__ void __launch_bounds__(2 * TR, 256 / TR) search_tiles(Search s, const float* scales, const float* offsets, const int* candidates) {
+__global__ void __launch_bounds__(2 * TR, 256 / TR)
+search_tiles(Search s, const float* scales, const float* offsets, const int* candidates) {
   constexpr int DEPTH = ONE ? 16 : 8;
   __shared__ __align__(16) float rows[2][DEPTH][TR + 4], codes[2][DEPTH][TC + 4];
   __shared__ float list_scores[TR][ONE ? 2 : LIST], floors[TR];
@@ -58,7 +59,9 @@ __global__ void __launch_bounds__(2 * TR, 256 / TR) search_tiles(Search s, const
   float best[8];
   int winner[8] = {};
   for (int i = 0; i < 8; i++) best[i] = -INFINITY;
-  const auto wanted = [&](int r) { return r < TR && first + r < s.n_rows && (!candidates || candidates[group * s.n_rows + first + r] < k); };
+  const auto wanted = [&](int r) {
+    return r < TR && first + r < s.n_rows && (!candidates || candidates[group * s.n_rows + first + r] < k);
+  };
   if (!__syncthreads_or(wanted(threadIdx.x))) return;
   if (threadIdx.x < TR) floors[threadIdx.x] = -FLT_MAX, counts[threadIdx.x] = 0;
 

@@ -153,5 +153,5 @@ def main():
         sys.exit(str(error))
     print(f"the C++ extension: {what if devices else 'none, ' + what}")
     print(f"on a CPU:   {torch.ops.minicode_native.cpu_path() if devices else 'PyTorch, in chunks'}; {torch.get_num_threads()} threads")
-    gpu = "CUDA for k up to 32: float32, for many codes after bfloat16 on the tensor cores" if "cuda" in devices else "PyTorch, in chunks"
-    print(f"on a GPU:   {gpu}")
+    gpu = "CUDA for k up to 32, float32; large searches on bfloat16 tensor cores first"
+    print(f"on a GPU:   {gpu if 'cuda' in devices else 'PyTorch, in chunks'}")

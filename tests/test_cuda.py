@@ -1,4 +1,4 @@
-"""The CUDA kernels: they compile; run thread by thread on a CPU, and on a GPU where there is one, they keep to the definition."""
+"""The CUDA kernels: they compile; on a CPU, thread by thread, and on a GPU if there is one, they keep to the definition."""
 
 import ctypes
 import random
@@ -46,7 +46,8 @@ def search(tmp_path_factory):
         lists, counts = torch.empty(*x.shape[:2], 128, dtype=torch.int64), torch.full(x.shape[:2], -7, dtype=torch.int32)
         pointers = [tensor.data_ptr() for tensor in (*inputs, lists, counts)]
         # The fields of Search and CoarsePass in csrc/topk.h, all of eight bytes.
-        numbers = torch.tensor([x.data_ptr(), *x.stride()[:2], codes.data_ptr(), *x.shape[:2], *codes.shape[1:], k, 2, scores.data_ptr(), ids.data_ptr()])
+        sizes = *x.shape[:2], *codes.shape[1:], k, 2
+        numbers = torch.tensor([x.data_ptr(), *x.stride()[:2], codes.data_ptr(), *sizes, scores.data_ptr(), ids.data_ptr()])
         more = torch.tensor([*pointers[:2], inputs[0].shape[2], inputs[1].shape[1], *pointers[2:]] if coarse else [0] * 8)
         done = function(numbers.data_ptr(), scale.contiguous().data_ptr(), offset.contiguous().data_ptr(), more.data_ptr())
         assert done == (k <= 32)
@@ -124,7 +125,7 @@ def test_the_coarse_pass_gives_the_same_bits(search, kind):
 
 @pytest.mark.parametrize("k", [1, 4])
 def test_inputs_that_sit_on_the_error_bound(search, k):
-    """As in test_topk.py: the best code lags behind by nearly what the bound allows. The means are 0: every code has its opposite."""
+    """As in test_topk.py: the best code lags behind by nearly what the bound allows. Every code has its opposite: a mean of 0."""
     dim, h = 64, 2.0**-8
     x = torch.ones(1, 34, dim)
     x[0, 1::2] = -1
@@ -242,7 +243,7 @@ def test_gpu_rows_that_are_not_finite(gpu, k):
 @pytest.mark.parametrize("k", [1, 8])
 def test_gpu_large_searches(gpu, k):
     """Sizes for which topk_codes takes the tensor cores; on the stream that is current, and in a graph: nothing waits."""
-    x, codes = torch.randn(8192, 64, device="cuda"), torch.randn(8192, 64, device="cuda")
+    x, codes = torch.randn(16384, 64, device="cuda"), torch.randn(8192, 64, device="cuda")
     wanted = [t[0] for t in torch.ops.minicode_native.topk_cuda(*gpu(x[None], codes[None], k, "cosine", False))]
     assert same(topk_codes(x, codes, k), wanted)
     torch.cuda.synchronize()
