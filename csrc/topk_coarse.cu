@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(128, 2) score_in_bfloat16(Search s, CoarsePass
         top = fmaxf(top, __shfl_xor_sync(ALL, top, 1));
         top = fmaxf(top, __shfl_xor_sync(ALL, top, 2));
         floor[i] = fmaxf(floor[i], top - bound[i]);
-        floors[top_row + quad + 8 * i] = floor[i];
+        if (t == 0) floors[top_row + quad + 8 * i] = floor[i];
       }
     }
 #pragma unroll

@@ -264,6 +264,13 @@ def test_gpu_large_searches(gpu, k):
     assert same(found, wanted)
 
 
+def test_gpu_more_scores_than_32_bits_can_count(gpu):
+    x, codes = torch.randn(70_000, 16, device="cuda"), torch.randn(33_000, 16, device="cuda")
+    wanted = torch.ops.minicode_native.topk_cuda(*gpu(x[None], codes[None], 1, "dot", False))
+    assert same(topk_codes(x, codes, 1, "dot"), [t[0] for t in wanted])
+    same_but_for_rounding(x[None, -50:], codes[None], 1, "dot", *(t[:, -50:] for t in wanted))
+
+
 def test_gpu_second_device(gpu):
     if torch.cuda.device_count() < 2 or torch.cuda.get_device_capability(0) != torch.cuda.get_device_capability(1):
         pytest.skip("there are no two GPUs of one kind here")
