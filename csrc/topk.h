@@ -25,7 +25,17 @@ using Parallel = std::function<void(int64_t n, const std::function<void(int64_t,
 void topk_cpu(const Search& search, const Parallel& parallel, int64_t n_threads, bool coarse);
 const char* cpu_path();  // what topk_cpu uses here, for people
 
+// On a GPU, what minicode/topk.py prepares to score in bfloat16 first (see topk_coarse.cu), and room to work.
+struct CoarsePass {
+  static constexpr int64_t capacity = 128;
+  const uint16_t *x = nullptr, *codes = nullptr;          // (G, N, depth), (G, width, depth), in bfloat16
+  int64_t depth = 0, width = 0;                           // multiples of 32, 128
+  const float *offset = nullptr, *twice_bound = nullptr;  // (G, width), (G, N)
+  uint64_t* lists = nullptr;                              // (G, N, capacity)
+  int* counts = nullptr;                                  // (G, N); null: no coarse pass
+};
+
 // Everything on the GPU, the codes' scales and offsets (G, C) too; stream is a cudaStream_t. Returns without waiting;
 // false, and nothing done, for a k above 32.
-bool topk_cuda(const Search& search, const float* scale, const float* offset, void* stream);
+bool topk_cuda(const Search& search, const float* scale, const float* offset, const CoarsePass& pass, void* stream);
 }  // namespace minicode

@@ -66,7 +66,7 @@ def _load(cuda):
     compiler = next(filter(None, map(shutil.which, names)), None)
     if not compiler:
         raise RuntimeError(f"there is no C++ compiler ({', '.join(names)})")
-    files = sorted(path for path in sources.iterdir() if path.suffix in (".cpp", ".h") or (cuda and path.suffix == ".cu"))
+    files = sorted(path for path in sources.iterdir() if path.suffix in (".cpp", ".h") or (cuda and path.suffix in (".cu", ".cuh")))
     cpu = _output(compiler, "-march=native", "-Q", "--help=target") or _output("grep", "-m1", "^flags", "/proc/cpuinfo")
     parts = [torch.__version__, torch.version.cuda, sys.version, platform.machine(), cpu, FLAGS, ABI]
     parts += [cuda, cuda and _output(cuda[0], "--version"), _output(compiler, "--version")]
@@ -80,7 +80,7 @@ def _load(cuda):
         with tempfile.TemporaryDirectory(dir=cache, prefix="build-") as folder:
             for path in files:
                 shutil.copy(path, folder)
-            built = _build(Path(folder), compiler, cuda, [path for path in files if path.suffix != ".h"])
+            built = _build(Path(folder), compiler, cuda, [path for path in files if path.suffix in (".cpp", ".cu")])
             content = built.read_bytes()
             built.write_bytes(content + hashlib.sha256(content).digest())  # a loader ignores what follows the ELF file
             os.replace(built, binary)
@@ -117,11 +117,12 @@ def _build(folder, compiler, cuda, files):
     libraries = f"-L{shlex.quote(f'{root}/lib')} -lc10 -ltorch_cpu"
     rules = []
     if cuda:
-        home = Path(cuda[0]).resolve().parent.parent
+        homes = Path(cuda[0]).resolve().parent.parent, Path("/usr/local/cuda")  # nvcc may be a script that calls nvcc
+        home = next((home for home in homes if (home / "include" / "cuda_runtime.h").exists()), homes[0])
         flags += f" -DMINICODE_CUDA -isystem {home}/include"
         libraries += f" -lc10_cuda -L{home}/lib64 -lcudart"
         rules = [f"rule cuda\n command = {cuda[0]} -O3 -std=c++17 -arch={cuda[1]} -Xcompiler -fPIC -c $in -o $out"]
-    objects = [f"{path.stem}.o" for path in files]
+    objects = [f"{path.name}.o" for path in files]
     rules += [
         f"rule cpp\n command = {compiler} {flags} -c $in -o $out",
         f"rule link\n command = {compiler} -shared -fopenmp $in {libraries} -o $out",
@@ -141,7 +142,7 @@ def _register_fakes():
         return x.new_empty(*x.shape[:2], k), x.new_empty(*x.shape[:2], k, dtype=torch.int64)
 
     torch.library.register_fake("minicode_native::topk", lambda x, codes, k, similarity, coarse: empty(x, k))
-    torch.library.register_fake("minicode_native::topk_cuda", lambda x, codes, scale, offset, k: empty(x, k))
+    torch.library.register_fake("minicode_native::topk_cuda", lambda x, codes, scale, offset, k, coarse: empty(x, k))
 
 
 def main():
@@ -152,4 +153,5 @@ def main():
         sys.exit(str(error))
     print(f"the C++ extension: {what if devices else 'none, ' + what}")
     print(f"on a CPU:   {torch.ops.minicode_native.cpu_path() if devices else 'PyTorch, in chunks'}; {torch.get_num_threads()} threads")
-    print(f"on a GPU:   {'CUDA, float32 tiles, for k up to 32' if 'cuda' in devices else 'PyTorch, in chunks'}")
+    gpu = "CUDA for k up to 32, float32; large searches on bfloat16 tensor cores first"
+    print(f"on a GPU:   {gpu if 'cuda' in devices else 'PyTorch, in chunks'}")

@@ -6,11 +6,12 @@ storing the N x C scores: by the extension in csrc/ where it can be built, else 
 """
 
 import torch
+import torch.nn.functional as F
 
 from minicode import extension
 
 SIMILARITIES = ("cosine", "distance", "dot")  # in the order of csrc/topk.h
-CHUNK = 1 << 21  # scores held at a time: 8 MB of float32
+CHUNK = {"cpu": 1 << 21, "cuda": 1 << 24}  # floats held at a time: 8 MB, or 64
 
 
 def definition(x, codes, k, similarity):
@@ -58,7 +59,8 @@ def _search(x: torch.Tensor, codes: torch.Tensor, k: int, similarity: str) -> tu
     native = device in extension.load()[0] and (device == "cpu" or (k <= 32 and x.shape[1] >= 512))
     precision = torch.get_float32_matmul_precision()
     with torch.autocast(device, enabled=False):
-        if native and x.dtype == torch.float32 and x.stride(-1) == 1:
+        at_once = device == "cpu" or x.shape[1] <= rows_at_once(x, codes, _native)
+        if native and at_once and x.dtype == torch.float32 and x.stride(-1) == 1:
             return _native(x, codes.float().contiguous(), k, similarity)
         torch.set_float32_matmul_precision("highest")
         try:
@@ -72,17 +74,52 @@ def _native(x, codes, k, similarity):
     if x.device.type == "cpu":
         return torch.ops.minicode_native.topk(x, codes, k, SIMILARITIES.index(similarity), True)
     scale, offset = scale_and_offset(codes, similarity)
-    return torch.ops.minicode_native.topk_cuda(x, codes, scale.contiguous(), offset.contiguous(), k)
+    # To prepare a coarse pass has its cost, whatever the number of codes.
+    large = x.shape[2] >= 16 and codes.shape[1] >= 1024 and x.numel() * codes.shape[1] >= 1 << 33
+    coarse = coarse_pass(x, codes, scale, offset) if large and torch.cuda.get_device_capability(x.device) >= (8, 0) else []
+    return torch.ops.minicode_native.topk_cuda(x, codes, scale.contiguous(), offset.contiguous(), k, coarse)
+
+
+def coarse_pass(x, codes, scale, offset):
+    """What csrc/topk_coarse.cu takes: x and scale * codes less their means, in bfloat16; the offsets that go with these; for
+    each row of x twice the bound of the error. csrc/topk_coarse.cpp derives it; its x' and c' are `rows` and `table`."""
+
+    def length(v):
+        return torch.linalg.vector_norm(v, dim=-1) * 1.0001 + 1e-20  # above its rounding, and squares that underflow
+
+    (m, rows), (mu, table) = _centred(x), _centred(codes * scale.mT)
+    scale, offset = scale.squeeze(-2), offset.squeeze(-2)
+    plus, half_rows, half_table = (table * m).sum(-1) + offset, rows.bfloat16(), table.bfloat16()
+    row, row_lost, whole = length(rows), length(rows - half_rows), length(rows) + length(m)  # whole: at least |x|
+    of_codes = length(table), length(table - half_table), length(codes), torch.maximum(plus.abs(), offset.abs()), scale
+    code, code_lost, longest, largest, steepest = (v.amax(-1, keepdim=True) for v in of_codes)
+    sizes = (row + whole) * (2 * code + length(mu)) + largest
+    bound = row_lost * code + (row + row_lost) * code_lost + (x.shape[2] + 16) * 2**-22 * sizes
+    # Before they are scaled, products may underflow, which adds to the error; where they may overflow nothing is certain.
+    bound = (bound + 1e-40 * steepest).masked_fill(whole * longest > 1e37, torch.inf)
+    depth, width = -x.shape[2] % 32, -codes.shape[1] % 128
+    plus = F.pad(plus, (0, width), value=-torch.inf)
+    return [F.pad(half_rows, (0, depth)), F.pad(half_table, (0, depth, 0, width)), plus, 2.001 * bound + 1e-30]
+
+
+def _centred(v):
+    mean = v.mean(1, keepdim=True).nan_to_num(0, 0, 0)  # any will do
+    return mean, v - mean
 
 
 def search_in_chunks(x, codes, k, similarity, search):
-    """x (G, N, d), codes (G, C, d), of any type: so many rows at a time that their scores fill CHUNK floats."""
+    """x (G, N, d), codes (G, C, d), of any type; so many rows at a time that they, or in PyTorch their scores, fill CHUNK."""
     codes, (scores, ids) = codes.float().contiguous(), _empty(x, codes, k, similarity)
-    step = max(1, CHUNK // (codes.shape[0] * codes.shape[1]))
+    step = rows_at_once(x, codes, search)
     for start in range(0, x.shape[1], step):
         rows = slice(start, start + step)
         scores[:, rows], ids[:, rows] = search(x[:, rows].float().contiguous(), codes, k, similarity)
     return scores, ids
+
+
+def rows_at_once(x, codes, search):
+    held = codes.shape[1] if search is in_pytorch else max(128, x.shape[2])  # for a row; 128: a GPU's list of candidates
+    return max(1, CHUNK.get(x.device.type, CHUNK["cpu"]) // (codes.shape[0] * held))
 
 
 def in_pytorch(x, codes, k, similarity):

@@ -1,29 +1,64 @@
-// Just enough of CUDA to run the kernels of csrc/topk_cuda.cu on a CPU, one block after the other, a thread for each
-// of its threads: slow, and exact about who waits for whom.
-#include <atomic>
-#include <barrier>
+// Just enough of CUDA to run the kernels of csrc/ on a CPU, one block after the other. Its threads take turns, each until
+// it must wait for others; so it is exact about who waits for whom, and copies arrive as late as they may.
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <climits>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <functional>
-#include <thread>
 #include <vector>
 
 #define __global__ static
 #define __device__ static
 #define __shared__ static
+#define __noinline__
+#define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 
+using std::min;
+struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-static thread_local dim3 threadIdx, blockIdx, blockDim;
-static std::barrier<>* everyone;
-static std::atomic<int> votes;
+static dim3 threadIdx, blockIdx, blockDim;
 
-static void __syncthreads() { everyone->arrive_and_wait(); }
+struct Barrier { unsigned arrived = 0, round = 0; };
+struct Copy { void* to; const void* from; int size; bool there; };
+struct Thread {
+  ucontext_t start;
+  jmp_buf resume;
+  std::vector<char> stack = std::vector<char>(1 << 16);
+  std::vector<Copy> copies;
+  const Barrier* barrier;  // that it waits at
+  unsigned round;
+  bool done;
+};
+struct Share { double number; bool vote; const void* address; uint32_t a[4], b[2]; };  // what a thread shows to its warp
+
+static std::vector<Thread> threads;
+static jmp_buf scheduler;
+static Barrier block_barrier, warp_barriers[32];
+static Share shares[1024];
+static int votes;
+static const std::function<void()>* the_kernel;
+
+static void wait(Barrier& barrier, unsigned n) {
+  Thread& me = threads[threadIdx.x];
+  me.barrier = &barrier, me.round = barrier.round;
+  if (++barrier.arrived == n) barrier.arrived = 0, barrier.round++;
+  else if (!_setjmp(me.resume)) _longjmp(scheduler, 1);
+}
+static void __syncthreads() { wait(block_barrier, blockDim.x); }
+static void __syncwarp() { wait(warp_barriers[threadIdx.x / 32], 32); }
 static int __syncthreads_or(int vote) {
-  if (vote) votes = 1;
+  votes |= vote != 0;
   __syncthreads();
   const int result = votes;
   __syncthreads();
@@ -31,29 +66,108 @@ static int __syncthreads_or(int vote) {
   __syncthreads();
   return result;
 }
-static int atomicAdd(int* address, int value) { return std::atomic_ref<int>(*address).fetch_add(value); }
+static int atomicAdd(int* address, int value) { return (*address += value) - value; }
+
+// What every thread of the warp does with what all of them show.
+template <class Function>
+static auto together(const Share& mine, Function function) {
+  shares[threadIdx.x] = mine;
+  __syncwarp();
+  const auto result = function(&shares[threadIdx.x / 32 * 32], threadIdx.x % 32);
+  __syncwarp();
+  return result;
+}
+template <class T>
+static T __shfl_xor_sync(unsigned, T number, int mask) {
+  return together({double(number)}, [=](const Share* all, int lane) { return T(all[lane ^ mask].number); });
+}
+static unsigned __ballot_sync(unsigned, bool vote) {
+  return together({0, vote}, [](const Share* all, int) {
+    unsigned result = 0;
+    for (int i = 0; i < 32; i++) result |= unsigned(all[i].vote) << i;
+    return result;
+  });
+}
+static int __any_sync(unsigned all, bool vote) { return __ballot_sync(all, vote) != 0; }
+static int __popc(unsigned bits) { return __builtin_popcount(bits); }
+static int __float_as_int(float number) { int bits; std::memcpy(&bits, &number, 4); return bits; }
+static float __int_as_float(int bits) { float number; std::memcpy(&number, &bits, 4); return number; }
+
+template <int BYTES>
+static void begin_copy(void* to, const void* from, bool there) {
+  if ((size_t(to) | (there ? size_t(from) : 0)) % BYTES) std::fputs("a copy that is not aligned\n", stderr), std::abort();
+  threads[threadIdx.x].copies.push_back({to, from, BYTES, there});
+}
+static void finish_copies() {
+  for (const Copy& copy : threads[threadIdx.x].copies) copy.there ? std::memcpy(copy.to, copy.from, copy.size) : std::memset(copy.to, 0, copy.size);
+  threads[threadIdx.x].copies.clear();
+}
+
+// ldmatrix .x4: threads 8 i to 8 i + 7 give the rows of matrix i.
+static void load_matrices(uint32_t (&one)[4], const void* row) {
+  together({0, false, row}, [&](const Share* all, int lane) {
+    for (int i = 0; i < 4; i++) std::memcpy(&one[i], (const char*)all[8 * i + lane / 4].address + lane % 4 * 4, 4);
+    return 0;
+  });
+}
+
+static float of_bfloat16(uint32_t pair, int which) { return __int_as_float(which ? pair & 0xffff0000 : pair << 16); }
+
+// mma m16n8k16, with the fragments of the PTX documentation. Four products are added at once; like the sum, each is cut
+// off at the last bit of the largest: the worst that has been observed of tensor cores.
+static void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  together({0, false, nullptr, {a[0], a[1], a[2], a[3]}, {b0, b1}}, [&](const Share* all, int lane) {
+    for (int i = 0; i < 4; i++) {
+      const int row = lane / 4 + (i < 2 ? 0 : 8), column = lane % 4 * 2 + i % 2;
+      for (int k = 0; k < 16 && std::isfinite(sum[i]); k += 4) {
+        double terms[5] = {sum[i]}, total = 0, largest = std::fabs(sum[i]);
+        for (int j = k; j < k + 4; j++) {  // a[i] is at row q (+ 8 if i is odd), column 2 t (+ 8 if i > 1); b[i] at row 2 t (+ 8 i)
+          const float left = of_bfloat16(all[row % 8 * 4 + j % 8 / 2].a[j / 8 * 2 + row / 8], j % 2);
+          terms[1 + j - k] = double(left) * of_bfloat16(all[column * 4 + j % 8 / 2].b[j / 8], j % 2);
+          largest = std::max(largest, std::fabs(terms[1 + j - k]));
+        }
+        const double last = std::ldexp(1.0, std::max(std::ilogb(largest), -126) - 23);
+        for (double term : terms) total += std::trunc(term / last) * last;
+        sum[i] = float(total);
+        if (std::fabs(sum[i]) > std::fabs(total)) sum[i] = std::nextafter(sum[i], 0.0f);
+      }
+    }
+    return 0;
+  });
+}
 
 static void launch(dim3 grid, unsigned n_threads, const std::function<void()>& kernel) {
-  std::barrier<> barrier(n_threads);
-  everyone = &barrier;
-  std::vector<std::thread> threads;
-  for (unsigned t = 0; t < n_threads; t++)
-    threads.emplace_back([&, t] {
-      for (unsigned y = 0; y < grid.y; y++)
-        for (unsigned x = 0; x < grid.x; x++) {
-          threadIdx = dim3(t), blockIdx = dim3(x, y), blockDim = dim3(n_threads);
-          kernel();
-          __syncthreads();  // shared memory is the next block's
-        }
-    });
-  for (auto& thread : threads) thread.join();
+  blockDim = dim3(n_threads), the_kernel = &kernel;
+  threads.resize(n_threads);
+  for (unsigned block = 0; block < grid.x * grid.y; block++) {
+    blockIdx = dim3(block % grid.x, block / grid.x);
+    for (Thread& thread : threads) {
+      getcontext(&thread.start);
+      thread.start.uc_stack.ss_sp = thread.stack.data(), thread.start.uc_stack.ss_size = thread.stack.size();
+      makecontext(&thread.start, [] { (*the_kernel)(), threads[threadIdx.x].done = true, _longjmp(scheduler, 1); }, 0);
+      thread.done = false, thread.copies.clear();
+    }
+    static unsigned turn, left, i;  // static: they outlive the jumps
+    static bool moved;
+    for (turn = 0, left = n_threads; left; turn++) {
+      moved = false;
+      for (i = 0; i < n_threads; i++) {  // now the first thread first, now the last
+        threadIdx = dim3(turn % 2 ? n_threads - 1 - i : i);
+        Thread& thread = threads[threadIdx.x];
+        if (thread.done || (turn && thread.round == thread.barrier->round)) continue;
+        moved = true;
+        if (!_setjmp(scheduler)) turn ? _longjmp(thread.resume, 1) : (void)setcontext(&thread.start);
+        left -= threads[threadIdx.x].done;
+      }
+      if (!moved) std::fputs("all threads wait for one another\n", stderr), std::abort();
+    }
+  }
 }
 #define LAUNCH(kernel, grid, n_threads, stream, ...) launch(grid, n_threads, [&] { kernel(__VA_ARGS__); })
 
 #include "topk_cuda.cu"
+#include "topk_coarse.cu"
 
-extern "C" bool search(const float* x, const float* codes, const float* scale, const float* offset, int64_t n_groups,
-                       int64_t n_rows, int64_t n_codes, int64_t dim, int64_t k, float* scores, int64_t* ids) {
-  return minicode::topk_cuda({x, n_rows * dim, dim, codes, n_groups, n_rows, n_codes, dim, k, minicode::dot, scores, ids},
-                             scale, offset, nullptr);
+extern "C" bool search(const minicode::Search* search, const float* scale, const float* offset, const minicode::CoarsePass* pass) {
+  return minicode::topk_cuda(*search, scale, offset, *pass, nullptr);
 }
