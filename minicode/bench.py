@@ -67,7 +67,7 @@ def searches(x, codes, k, similarity):
         "matmul + topk": lambda: torch.baddbmm(offset, x, table.mT).topk(k),
         "PyTorch, chunks": lambda: topk.search_in_chunks(x, codes, k, similarity, topk.in_pytorch),
     }
-    if x.device.type in extension.load()[0]:
+    if x.device.type in extension.load()[0] and not (x.is_cuda and k > 32):
         methods["float32"] = lambda: native(x, codes, k, similarity, False)
         methods["coarse + float32"] = lambda: native(x, codes, k, similarity, True)
     if x.is_cuda:
@@ -85,10 +85,13 @@ def searches(x, codes, k, similarity):
 
 
 def native(x, codes, k, similarity, coarse):
-    """The extension's search, in float32 throughout or after a coarse pass."""
-    if x.is_cuda:
+    """The extension's search: after a coarse pass, where it is worth it, or in float32 throughout."""
+    if coarse:
         return topk._native(x, codes, k, similarity)
-    return torch.ops.minicode_native.topk(x, codes, k, topk.SIMILARITIES.index(similarity), coarse)
+    if x.is_cuda:
+        scale, offset = (v.contiguous() for v in topk.scale_and_offset(codes, similarity))
+        return torch.ops.minicode_native.topk_cuda(x, codes, scale, offset, k, [])
+    return torch.ops.minicode_native.topk(x, codes, k, topk.SIMILARITIES.index(similarity), False)
 
 
 def bench_search(x, codes, k, similarity, what):

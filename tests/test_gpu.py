@@ -8,16 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import TINY, make_model, make_tokens
+from test_topk import same_but_for_rounding
 
 from minicode import block, extension, force, load_run, record, topk_codes
 from minicode.interpret import main as interpret
 from minicode.run import TrainConfig, read_metrics
 from minicode.sample import main as sample
-from minicode.topk import definition
 from minicode.train import make_optimizer, train_step
 from minicode.train_fsm import main as train_fsm
 from minicode.train_text import main as train_text
@@ -150,19 +149,19 @@ def test_torchrun_with_nccl(n, gpu_run, tmp_path):
     assert load_run(tmp_path / "run").summary["loss"] == pytest.approx(load_run(gpu_run).summary["loss"], abs=0.1)
 
 
+@pytest.mark.parametrize("n_groups, n_rows, dim, n_codes, k", [(1, 65_536, 64, 10_000, 1), (4, 16_384, 32, 8192, 1), (1, 65_536, 100, 8192, 8)])
 @pytest.mark.parametrize("backend", ["extension", "pytorch"])
-def test_the_scores_are_never_stored(backend, monkeypatch):
+def test_large_searches_are_right_and_never_store_the_scores(backend, n_groups, n_rows, dim, n_codes, k, monkeypatch):
     if backend == "pytorch":
         monkeypatch.setattr(extension, "load", lambda: ((), "PyTorch is tested"))
     elif DEVICE not in extension.load()[0]:
         pytest.skip(f"no extension here: {extension.load()[1]}")
     torch.manual_seed(0)
-    x, codes = torch.randn(65_536, 64).to(DEVICE), torch.randn(10_000, 64).to(DEVICE)
-    topk_codes(x[:600], codes)
+    x, codes = torch.randn(n_rows, n_groups, dim).to(DEVICE), torch.randn(n_groups, n_codes, dim).to(DEVICE)
+    topk_codes(x[:600], codes, k)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    _, ids = topk_codes(x, codes)
-    assert torch.cuda.max_memory_allocated() - before < 4 * len(x) * len(codes) / 10
-    some = np.random.default_rng(0).integers(len(x), size=100)
-    scores, wanted = definition(x[None, some], codes[None], 1, "cosine")
-    assert (ids[some] == wanted[0]).float().mean() > 0.98  # but for rounding
+    scores, ids = topk_codes(x, codes, k)
+    assert torch.cuda.max_memory_allocated() - before < 4 * n_groups * n_rows * n_codes / 5
+    x, scores, ids = (tensor[:: n_rows // 100].transpose(0, 1) for tensor in (x, scores, ids))
+    same_but_for_rounding(x, codes, k, "cosine", scores, ids)
