@@ -140,9 +140,9 @@ def test_torchrun_with_nccl(n, gpu_run, tmp_path):
     if n > torch.cuda.device_count():
         pytest.skip(f"there are no {n} GPUs here")
     (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", str(tmp_path / "worker.py")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc_per_node={n}"]
+    command += [str(tmp_path / "worker.py"), "--out", str(tmp_path / "run"), *FLAGS, "--accumulate", "2"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    command += ["--out", str(tmp_path / "run"), *FLAGS, "--accumulate", "2"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("cuda:nccl") == n and result.stdout.count("step    60 ") == 1
