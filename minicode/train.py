@@ -39,9 +39,10 @@ def pick_device(name):
     if name == "cuda":  # of several processes, torchrun gives each its own
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        if name.startswith("cuda"):
-            torch.cuda.set_device(name)
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} can't be used here: {str(error).split(chr(10))[0]}") from None
 
