@@ -1,7 +1,7 @@
 """python -m minicode.bench: the search, and the training step around it, timed side by side in one run.
 
 The methods of a table are run in turn, round after round; shown are the median, the lowest and the highest time. The
-peak is this machine's own: what torch reaches on one large square matmul.
+peak is this machine's own: what torch reaches on one large square matmul, on a GPU without TF32.
 """
 
 import json
@@ -20,30 +20,37 @@ from minicode.codebook import Codebook
 from minicode.fsm import FSM
 from minicode.model import GPT, evaluating
 from minicode.run import Parser, TrainConfig, load_run
-from minicode.train import make_optimizer, train_step
+from minicode.train import make_optimizer, pick_device, train_step
 
 SHAPES = [  # groups, N, d, C, k
     (1, 8192, 128, 10_000, 1), (1, 8192, 128, 10_000, 8), (4, 8192, 32, 2048, 1), (1, 4096, 768, 10_000, 100),
     (1, 1, 128, 10_000, 8),
 ]  # fmt: skip
+ON_GPU = [(1, 65_536, 128, 10_000, 1)]  # what fills one
 
 
 def timed(methods, rounds=7):
     """{name: {"ms", "lowest", "highest"}} of functions that are run in turn, after one round to warm up."""
-    times = {name: [] for name in methods}
+    times, wait = {name: [] for name in methods}, torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
     for _ in range(rounds + 1):
         for name, method in methods.items():
+            wait()
             start = time.perf_counter()
             method()
+            wait()
             times[name].append(1e3 * (time.perf_counter() - start))
     return {name: {"ms": median(t[1:]), "lowest": min(t[1:]), "highest": max(t[1:])} for name, t in times.items()}
 
 
-def extra_memory(method):
+def extra_memory(method, on_gpu=False):
     """The most memory, in MB, that a call takes beyond what there was before; None where the system does not tell."""
     def status(field):
         return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 1024
 
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before, _ = torch.cuda.memory_allocated(), method()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     if not Path("/proc/self/clear_refs").exists():
         return None
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
@@ -55,14 +62,16 @@ def extra_memory(method):
 def searches(x, codes, k, similarity):
     """The ways of searching that there are here, by name, as functions: x (G, N, d), codes (G, C, d)."""
     scale, offset = topk.scale_and_offset(codes, similarity)
-    table, number = (codes * scale.mT).contiguous(), topk.SIMILARITIES.index(similarity)
+    table = (codes * scale.mT).contiguous()
     methods = {
         "matmul + topk": lambda: torch.baddbmm(offset, x, table.mT).topk(k),
         "PyTorch, chunks": lambda: topk.search_in_chunks(x, codes, k, similarity, topk.in_pytorch),
     }
-    if extension.load()[0]:
-        methods["float32"] = lambda: torch.ops.minicode_native.topk(x, codes, k, number, False)
-        methods["coarse + float32"] = lambda: torch.ops.minicode_native.topk(x, codes, k, number, True)
+    if x.device.type in extension.load()[0] and not (x.is_cuda and k > 32):
+        methods["float32"] = lambda: native(x, codes, k, similarity, False)
+        methods["coarse + float32"] = lambda: native(x, codes, k, similarity, True)
+    if x.is_cuda:
+        return {**methods, "matmul alone": lambda: x @ table.mT}
     try:
         import faiss
     except ImportError:
@@ -75,28 +84,38 @@ def searches(x, codes, k, similarity):
     return {**methods, "faiss": lambda: [index.search(rows, k) for index, rows in zip(indexes, queries)]}
 
 
+def native(x, codes, k, similarity, coarse):
+    """The extension's search: after a coarse pass, where it is worth it, or in float32 throughout."""
+    if coarse:
+        return topk._native(x, codes, k, similarity)
+    if x.is_cuda:
+        scale, offset = (v.contiguous() for v in topk.scale_and_offset(codes, similarity))
+        return torch.ops.minicode_native.topk_cuda(x, codes, scale, offset, k, [])
+    return torch.ops.minicode_native.topk(x, codes, k, topk.SIMILARITIES.index(similarity), False)
+
+
 def bench_search(x, codes, k, similarity, what):
     """One table of searches, all of them checked to give the same ids."""
     methods, flop = searches(x, codes, k, similarity), 2 * x.numel() * codes.shape[1]
     exact = methods["PyTorch, chunks"]()[1]
-    results = timed(methods, 7 if flop > 1e8 else 101)
+    results = timed(methods, 7 if flop > 1e8 and not x.is_cuda else 101)
     for name, result in results.items():
         result["gflops"] = flop / result["ms"] / 1e6
         result["times_as_fast"] = results["matmul + topk"]["ms"] / result["ms"]
-        result["extra_mb"] = extra_memory(methods[name])
-        if name != "faiss":
-            result["different_ids"] = (methods[name]()[1] != exact).sum().item()
+        result["extra_mb"] = extra_memory(methods[name], x.is_cuda)
+        if isinstance(found := methods[name](), tuple):  # of scores and ids, both tensors
+            result["different_ids"] = (found[1] != exact).sum().item()
     shape = dict(zip(("groups", "N", "d", "C", "k"), (*x.shape, codes.shape[1], k)))
     return {"codes": what, **shape, "methods": results}
 
 
-def bench_sweep(n=4096, d=64, n_codes=4096):
+def bench_sweep(device, n=4096, d=64, n_codes=4096):
     """The search for larger and larger N, C, d and k: time beside that of the first row, and the same per N * C * d."""
     shapes = [(n, n_codes, d, 1), *((m * n, n_codes, d, 1) for m in (2, 4)), *((n, m * n_codes, d, 1) for m in (2, 4)),
               *((n, n_codes, m * d, 1) for m in (2, 4)), *((n, n_codes, d, k) for k in (4, 16, 64))]  # fmt: skip
     searches = {}
     for shape in shapes:
-        x, codes, k = torch.randn(shape[0], shape[2]), torch.randn(shape[1], shape[2]), shape[3]
+        x, codes, k = torch.randn(shape[0], shape[2]).to(device), torch.randn(shape[1], shape[2]).to(device), shape[3]
         searches[shape] = lambda x=x, codes=codes, k=k: topk.topk_codes(x, codes, k)
     times, rows = timed(searches), []
     for shape, t in times.items():
@@ -105,20 +124,21 @@ def bench_sweep(n=4096, d=64, n_codes=4096):
     return rows
 
 
-def trained(folder):
+def trained(folder, device="cpu"):
     """Cases for bench_search from a run: what reaches the codebooks of its last layer."""
-    run, inputs = load_run(folder), {}
+    run, inputs = load_run(folder, device), {}
     for name, codebook in run.model.codebooks().items():
         codebook.register_forward_pre_hook(lambda c, args, name=name: inputs.update({name: args[0].reshape(-1, c.groups, c.dim)}))
     with evaluating(run.model):
-        run.model(torch.from_numpy(run.fsm.sequences(np.random.default_rng(0), 64, run.config.block_size)))
+        run.model(torch.from_numpy(run.fsm.sequences(np.random.default_rng(0), 64, run.config.block_size)).to(device))
     for name, c in list(run.model.codebooks().items())[-2:]:
         yield inputs[name].transpose(0, 1).contiguous(), c.codes.detach(), c.k, c.similarity, f"of {folder}: {name}"
 
 
-def bench_layer(dim, n_codes, groups):
+def bench_layer(device, dim, n_codes, groups):
     """Codebook, forward and backward of 64 x 128 activations, beside the same with matmul + topk."""
-    codebook, x = Codebook(n_codes, dim, 1, groups), torch.randn(64, 128, groups * dim, requires_grad=True)
+    codebook = Codebook(n_codes, dim, 1, groups).to(device)
+    x = torch.randn(64, 128, groups * dim).to(device).requires_grad_()
 
     def plain():
         a = x.view(-1, groups, dim).transpose(0, 1)  # (G, N, d)
@@ -130,13 +150,13 @@ def bench_layer(dim, n_codes, groups):
     return {"d": dim, "C": n_codes, "groups": groups, "methods": timed(methods)}
 
 
-def bench_steps():
+def bench_steps(device):
     """A training step of the default preset: dense, and with codebooks searched by PyTorch and by the extension."""
     steps, fsm, found, none = {}, FSM(), extension.load(), ((), "")
     cases = {"dense": ("none", none), "codebooks, PyTorch": ("head,mlp", none), "codebooks, extension": ("head,mlp", found)}
     for name, (sites, load) in cases.items():
         config = TrainConfig(codebooks=sites)
-        model = GPT(config)
+        model = GPT(config).to(device)
         step = partial(train_step, model, model, make_optimizer(model, config), config, config.steps - 1, fsm)
         steps[name] = mock.patch.object(extension, "load", lambda load=load: load)(step)
     times = timed(steps, 21)
@@ -145,19 +165,27 @@ def bench_steps():
 
 def main(argv=None):
     parser = Parser("bench", __doc__)
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: cuda where there is one (default: auto)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args(argv)
+    with parser.user_errors():
+        device = pick_device(args.device)
     torch.manual_seed(0)
-    square = torch.randn(3072, 3072)
-    peak = 2 * 3072**3 / timed({"": lambda: square @ square})[""]["lowest"] / 1e6
-    cases = [(torch.randn(g, n, d), torch.randn(g, c, d), k, "cosine", "random") for g, n, d, c, k in SHAPES]
+    torch.set_float32_matmul_precision("highest")
+    on_gpu = device.type == "cuda"
+    square = torch.randn(2 * (8192 if on_gpu else 3072,)).to(device)
+    squares = {"peak_gflops": square, **({"peak_bfloat16_gflops": square.bfloat16()} if on_gpu else {})}
+    times = timed({name: partial(torch.matmul, a, a) for name, a in squares.items()})
+    result = {"device": torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads", "extension": extension.load()[1]}
+    result |= {name: 2 * len(square) ** 3 / t["lowest"] / 1e6 for name, t in times.items()}
+    shapes = ON_GPU * on_gpu + SHAPES
+    cases = [(torch.randn(g, n, d).to(device), torch.randn(g, c, d).to(device), k, "cosine", "random") for g, n, d, c, k in shapes]
     if Path("runs/fsm/summary.json").exists():
-        cases += trained("runs/fsm")
-    result = {"threads": torch.get_num_threads(), "extension": extension.load()[1], "peak_gflops": peak}
+        cases += trained("runs/fsm", device)
     result["search"] = [bench_search(*case) for case in cases]
-    result["sweep"] = bench_sweep()
-    result["codebook"] = [bench_layer(128, 10_000, 1), bench_layer(32, 2048, 4)]
-    result["training_step"] = bench_steps()
+    result["sweep"] = bench_sweep(device)
+    result["codebook"] = [bench_layer(device, 128, 10_000, 1), bench_layer(device, 32, 2048, 4)]
+    result["training_step"] = bench_steps(device)
     print(json.dumps(result) if args.json else describe(result))
 
 
@@ -165,7 +193,8 @@ def describe(result):
     def line(name, m, more):
         return f"  {name:25}{m['ms']:9.2f} ms ({m['lowest']:.2f} to {m['highest']:.2f})  {more}"
 
-    lines = [f"{result['threads']} threads, float32 peak {result['peak_gflops']:.0f} GFLOP/s"]
+    half = f", bfloat16 {result['peak_bfloat16_gflops']:.0f}" if "peak_bfloat16_gflops" in result else ""
+    lines = [f"{result['device']}, peak in GFLOP/s: float32 {result['peak_gflops']:.0f}{half}"]
     for row in result["search"]:
         lines.append(f"\n{row['groups']} x ({row['N']}, {row['d']}) against {row['C']} codes ({row['codes']}), k = {row['k']}")
         for name, m in row["methods"].items():

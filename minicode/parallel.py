@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 def join():
     """Joins the processes that torchrun started, if it did: gloo for tensors on CPUs, nccl for those on GPUs."""
-    if "RANK" in os.environ:
-        dist.init_process_group()
+    if "RANK" in os.environ:  # both: torch alone would choose nccl where there is a GPU, which takes no tensor on a CPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
 def leave():

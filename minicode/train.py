@@ -39,9 +39,10 @@ def pick_device(name):
     if name == "cuda":  # of several processes, torchrun gives each its own
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        if name.startswith("cuda"):
-            torch.cuda.set_device(name)
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} can't be used here: {str(error).split(chr(10))[0]}") from None
 
@@ -67,7 +68,7 @@ def learning_rate(config, step):
 def batch(config, data, device, *key):
     """Inputs and targets (B, T) of a step."""
     rng = np.random.default_rng((config.seed, *key))
-    tokens = torch.from_numpy(data.sequences(rng, config.batch_size, config.block_size + 1)).to(device)
+    tokens = torch.from_numpy(data.sequences(rng, config.batch_size, config.block_size + 1)).to(device, non_blocking=True)
     return tokens[:, :-1], tokens[:, 1:]
 
 
@@ -236,14 +237,15 @@ def train(session):
             loss = train_step(model, forward, session.optimizer, config, step, data)
             loss, stopped = parallel.agree(loss, bool(stop))
             done = step + 1
-            if not loss.isfinite():
+            revival, checkpoint = revival_is_due(config, done), done % config.checkpoint_every == 0 or done == config.steps or stopped
+            to_keep = checkpoint or evaluation_is_due(config, done)
+            if (done % 10 == 0 or revival or to_keep) and not loss.isfinite():  # not at each step: to look is to wait for the GPU
                 raise FloatingPointError(f"the loss is {loss.item()} at step {done}: try a lower --lr than {config.lr}")
-            if revival_is_due(config, done):
+            if revival:
                 for codebook in model.codebooks().values():
                     codebook.revive(session.optimizer, generator=generator)
             session.step, session.seconds = done, time.monotonic() - began
-            checkpoint = done % config.checkpoint_every == 0 or done == config.steps or stopped
-            if checkpoint or evaluation_is_due(config, done):
+            if to_keep:
                 parallel.first(keep, session, checkpoint)
             bar.update()
             if stopped and done < config.steps:
@@ -330,7 +332,7 @@ def command(argv, name, about, kind, presets, out, compare):
         print(f"{data}; codebooks at {', '.join(config.sites()) or 'no site'}")
     try:
         summary = train(session)
-    except (FloatingPointError, OSError) as error:
+    except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     parallel.leave()
     if first and summary is None:

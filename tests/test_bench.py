@@ -11,9 +11,9 @@ from minicode import bench
 def test_bench_prints_every_table(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "SHAPES", [(2, 80, 4, 300, 2), (1, 1, 4, 300, 3)])
-    monkeypatch.setattr(bench, "bench_layer", lambda dim, n_codes, groups, real=bench.bench_layer: real(dim // 8, n_codes // 50, groups))
-    monkeypatch.setattr(bench, "bench_sweep", lambda real=bench.bench_sweep: real(n=8, d=4, n_codes=64))
-    bench.main(["--json"])
+    monkeypatch.setattr(bench, "bench_layer", lambda device, dim, n_codes, groups, real=bench.bench_layer: real(device, dim // 8, n_codes // 50, groups))
+    monkeypatch.setattr(bench, "bench_sweep", lambda device, real=bench.bench_sweep: real(device, n=8, d=4, n_codes=64))
+    bench.main(["--json", "--device", "cpu"])
     result = json.loads(capsys.readouterr().out)
     assert [row["N"] for row in result["search"]] == [80, 1] and result["peak_gflops"] > 1
     for row in result["search"]:

@@ -165,6 +165,16 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path, monkeypatch, capsys
     assert weights(tmp_path / "run", "train_state.pt")["step"] == 20
 
 
+def test_a_gpu_that_is_full_is_one_line(tmp_path, monkeypatch, capsys):
+    def fills(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    monkeypatch.setattr(training, "train_step", fills)
+    with pytest.raises(SystemExit) as error:
+        train_fsm(["--out", str(tmp_path / "run"), *TINY])
+    assert error.value.code == 1 and capsys.readouterr().err.endswith("error: CUDA out of memory. Tried to allocate 9 GiB.\n")
+
+
 # -- several processes
 
 

@@ -3,22 +3,31 @@
 import os
 import random
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from minicode import extension, topk_codes
+from minicode import extension, topk, topk_codes
 from minicode.topk import SIMILARITIES, definition
 
 
-@pytest.fixture(params=["extension", "pytorch"], autouse=True)
+@pytest.fixture(params=["extension", "pytorch", "extension on cuda", "pytorch on cuda"], autouse=True)
 def backend(request, monkeypatch):
-    if request.param == "pytorch":
+    """What is tested; on a GPU, whatever a test makes is made there."""
+    name, device = request.param.split(" on ")[0], "cuda" if "cuda" in request.param else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no GPU here")
+    if name == "pytorch":
         monkeypatch.setattr(extension, "load", lambda: ((), "PyTorch is tested"))
-    elif not extension.load()[0]:
+    elif device not in extension.load()[0]:
         assert not os.environ.get("CI"), "CI must test the extension"
         pytest.skip(f"no extension here: {extension.load()[1]}")
-    return request.param
+    elif device == "cuda":  # for few rows too, for which PyTorch is used
+        small = topk.in_pytorch
+        monkeypatch.setattr(topk, "in_pytorch", lambda *args: (topk._native if args[2] <= 32 else small)(*args))
+    with torch.device(device) if device == "cuda" else nullcontext():
+        yield name
 
 
 SHAPES = [  # N, C, d, k
@@ -74,7 +83,7 @@ def make(kind, n_groups, n_rows, n_codes, dim, generator):
 
 
 def test_hundreds_of_random_shapes():
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.empty(0).device).manual_seed(0)
     for n_groups, n_rows, n_codes, dim, k, similarity, kind in random_cases(300):
         x, codes = make(kind, n_groups, n_rows, n_codes, dim, generator)
         scores, ids = topk_codes(x.transpose(0, 1), codes, k, similarity)
@@ -195,7 +204,7 @@ def test_codes_too_small_for_a_norm_score_zero():
 
 def test_search_keeps_float32_under_autocast():
     x, codes = torch.randn(500, 64), torch.randn(300, 64)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         assert torch.equal(topk_codes(x, codes, 5)[0], topk_codes(x, codes, 5)[0].float())
         inside = topk_codes(x, codes, 5)
     outside = topk_codes(x, codes, 5)
@@ -212,7 +221,7 @@ def test_opcheck(backend):
     for shape, k, similarity in (((2, 9, 4), 1, "cosine"), ((1, 70, 5), 3, "distance"), ((1, 0, 2), 2, "dot")):
         x, codes = torch.randn(shape), torch.randn(shape[0], 300, shape[2])
         torch.library.opcheck(torch.ops.minicode.topk_codes, (x, codes, k, similarity))
-        if backend == "extension":
+        if backend == "extension" and not x.is_cuda:
             torch.library.opcheck(torch.ops.minicode_native.topk, (x, codes, k, SIMILARITIES.index(similarity), True))
 
 

@@ -215,6 +215,7 @@ def test_existing_runs_are_never_lost(tiny_run, tmp_path, capsys):
         (["--codebooks", "head,mpl"], "there is no site 'mpl'"),
         (["--n-edges", "17"], "a machine needs"),
         (["--device", "warp"], "device must be cpu, cuda or auto, not 'warp'"),
+        (["--device", "cuda:99"], "device 'cuda:99' can't be used here"),
         (["--n-codes", "1000000000000"], "there is no room for this model"),
         (["--seed", str(2**63)], "seed must be below 9223372036854775808"),
         (["--accumulate", "3"], "batch_size (8) must be a multiple of 3 (processes x accumulate)"),
