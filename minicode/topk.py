@@ -5,6 +5,8 @@ storing the N x C scores: by the extension in csrc/ where it can be built, else 
 `python -m minicode.topk` tells which, and builds it.
 """
 
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 
@@ -57,16 +59,34 @@ def _search(x: torch.Tensor, codes: torch.Tensor, k: int, similarity: str) -> tu
     # An operator of its own, so that torch.compile sees one node and autocast cannot halve its precision.
     device = x.device.type
     native = device in extension.load()[0] and (device == "cpu" or (k <= 32 and x.shape[1] >= 512))
-    precision = torch.get_float32_matmul_precision()
     with torch.autocast(device, enabled=False):
+        if not native:
+            with float32_throughout():
+                return search_in_chunks(x, codes, k, similarity, in_pytorch)
         at_once = device == "cpu" or x.shape[1] <= rows_at_once(x, codes, _native)
-        if native and at_once and x.dtype == torch.float32 and x.stride(-1) == 1:
+        if at_once and x.dtype == torch.float32 and x.stride(-1) == 1:
             return _native(x, codes.float().contiguous(), k, similarity)
-        torch.set_float32_matmul_precision("highest")
-        try:
-            return search_in_chunks(x, codes, k, similarity, _native if native else in_pytorch)
-        finally:
-            torch.set_float32_matmul_precision(precision)
+        return search_in_chunks(x, codes, k, similarity, _native)
+
+
+@contextmanager
+def float32_throughout():
+    """No matmul in TF32 or bfloat16, whatever the user allows elsewhere."""
+    kinds = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    new = hasattr(kinds[0], "fp32_precision")  # from torch 2.9 on; once these are used, the older calls raise errors
+    before = [kind.fp32_precision for kind in kinds] if new else [torch.get_float32_matmul_precision()]
+
+    def allow(values):
+        if not new:
+            return torch.set_float32_matmul_precision(*values)
+        for kind, value in zip(kinds, values):
+            kind.fp32_precision = value
+
+    allow(["ieee", "ieee"] if new else ["highest"])
+    try:
+        yield
+    finally:
+        allow(before)
 
 
 def _native(x, codes, k, similarity):
@@ -99,7 +119,8 @@ def coarse_pass(x, codes, scale, offset):
     bound = (bound + 1e-40 * steepest).masked_fill(whole * longest > 1e37, torch.inf)
     depth, width = -x.shape[2] % 32, -codes.shape[1] % 128
     plus = F.pad(plus, (0, width), value=-torch.inf)
-    return [F.pad(half_rows, (0, depth)), F.pad(half_table, (0, depth, 0, width)), plus, 2.001 * bound + 1e-30]
+    halves = F.pad(half_rows, (0, depth)), F.pad(half_table, (0, depth, 0, width))
+    return [*(half.contiguous() for half in halves), plus, 2.001 * bound + 1e-30]
 
 
 def _centred(v):

@@ -217,6 +217,19 @@ def test_search_keeps_float32_under_autocast():
         torch.set_float32_matmul_precision("highest")
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="this torch has no such setting")
+def test_search_keeps_float32_where_matmul_may_not():
+    x, codes, setting = torch.randn(500, 64), torch.randn(300, 64), torch.backends.cuda.matmul
+    outside, before = topk_codes(x, codes, 5), setting.fp32_precision
+    setting.fp32_precision = "tf32"  # from here on torch.get_float32_matmul_precision() raises an error
+    try:
+        assert all(torch.equal(a, b) for a, b in zip(topk_codes(x, codes, 5), outside))
+        assert setting.fp32_precision == "tf32"
+    finally:
+        setting.fp32_precision = before
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_opcheck(backend):
     for shape, k, similarity in (((2, 9, 4), 1, "cosine"), ((1, 70, 5), 3, "distance"), ((1, 0, 2), 2, "dot")):
         x, codes = torch.randn(shape), torch.randn(shape[0], 300, shape[2])
