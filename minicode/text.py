@@ -24,12 +24,17 @@ from minicode.model import option
 from minicode.stories import stories
 
 PIECES = re.compile(r" ?\w+| ?[^\w\s]|\s+")  # every character is in one of them
-BLANK = re.compile(rb"\r?\n\r?\n")
 SEPARATOR = 256  # between documents, and before the first; below it are the bytes, above it the pieces
-CHUNK = 1 << 20  # bytes of a file that are read at a time
 LONGEST = 1 << 12  # bytes of a document; what is longer is cut at the end of a line or of a word
 N_WORDS = 200  # frequent words that codes may stand for
 HELD_OUT = 10  # one in so many: stories with a number that it divides, or the last part of the user's text
+DOCUMENT = rb"""
+    ( .{0,LONGEST}? (?= \r?\n\r?\n | \Z)  # up to a blank line, or to the end of the file;
+    | .{1,LONGEST} (?= \n)                 # if that is too far, up to the end of a line,
+    | .{1,LONGEST} (?= [ ])                # or of a word,
+    | .{1,LONGEST} (?! [\x80-\xbf])        # or of a character
+    | .{1,LONGEST} )                       # (what is no UTF-8 has none)
+    (?: \r?\n\r?\n )?"""
 
 
 class Tokenizer:
@@ -74,7 +79,7 @@ def list_files(paths):
             raise ValueError(f"there is no file or folder {path}")
         inside = [p for p in path.rglob("*") if p.is_file() and "/." not in f"/{p.relative_to(path).as_posix()}"]
         files += sorted(inside) if path.is_dir() else [path]
-    if not any(path.stat().st_size for path in files):
+    if not (files := [path for path in files if path.stat().st_size]):
         raise ValueError(f"{' '.join(map(str, paths))}: there is no text, not a byte")
     return files
 
@@ -82,31 +87,11 @@ def list_files(paths):
 def split_file(path):
     """(offset, bytes) of each document of a file: what stands between blank lines, or, where that is too long, a part.
 
-    The file is read CHUNK bytes at a time. A part ends before a line's end, before a space, or between two characters.
+    A part ends before a line's end, before a space, or between two characters. The file is mapped, and not read as a whole.
     """
-    buffer, start, offset, more = b"", 0, 0, True
-    with open(path, "rb") as file:
-        while more:
-            new = file.read(CHUNK)
-            buffer, offset, start, more = buffer[start:] + new, offset + start, 0, bool(new)
-            while start < len(buffer) - (LONGEST + 4 if more else 0):  # so that where it is cut does not depend on CHUNK
-                match = BLANK.search(buffer, start, start + LONGEST + 4)
-                end, after = match.span() if match else [cut(buffer, start)] * 2
-                yield offset + start, buffer[start:end]
-                start = after
-
-
-def cut(buffer, start):
-    """Where to cut a document that starts there and has no blank line in reach."""
-    limit = start + LONGEST
-    if len(buffer) <= limit:
-        return len(buffer)
-    for mark in (b"\n", b" "):
-        if (end := buffer.rfind(mark, start + 1, limit)) > 0:
-            return end
-    while limit > start + 1 and buffer[limit] & 0xC0 == 0x80:  # in the midst of a character
-        limit -= 1
-    return limit
+    document = re.compile(DOCUMENT.replace(b"LONGEST", b"%d" % LONGEST), re.DOTALL | re.VERBOSE)
+    for match in document.finditer(np.memmap(path, mode="r")):
+        yield match.start(), match[1]
 
 
 def decode_utf8(path, offset, content):
