@@ -6,6 +6,7 @@ tokens 3 8, so the network never sees a state, only digits. A sequence is BOS, t
     BOS 3 8 0 7 9 1 ...     the states 38 -> 07 -> 91, the tokens [10, 3, 8, 0, 7, 9, 1, ...]
 """
 
+import json
 import math
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -282,8 +283,12 @@ class FSM:
     def __eq__(self, other):
         return isinstance(other, FSM) and self.to_json() == other.to_json()
 
-    def settle(self, folder, make=False):
-        """What a run needs beyond to_json: nothing."""
+    def files(self):
+        """What a run's folder keeps of the data, by file."""
+        return {self.file: json.dumps(self.to_json())}
+
+    def settle(self, folder):
+        """Finds what else there is in a run's folder: nothing."""
 
     def to_json(self):
         return {**asdict(self), "successors": self.successors.tolist()}

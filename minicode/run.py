@@ -108,12 +108,12 @@ def one_line(error):
 
 
 def write(path, content):
-    """Writes text or bytes so that the file appears whole or not at all; until then the old one stays."""
+    """Writes text, bytes or an array so that the file appears whole or not at all; until then the old one stays."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.unlink(missing_ok=True)  # whatever it is: nothing is written through a link
         with open(temporary, "xb") as file:
-            file.write(content if isinstance(content, bytes) else content.encode())
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -225,9 +225,9 @@ def make_run(folder, config, data, resume=False):
         (folder / name).unlink(missing_ok=True)
     if not resume:
         write(folder / "config.json", json.dumps({"version": VERSION, **asdict(config)}, indent=1))
-    data.settle(folder, make=True)
     if not (folder / data.file).exists():
-        write(folder / data.file, json.dumps(data.to_json()))
+        for name, content in data.files().items():
+            write(folder / name, content)
 
 
 def read_data(folder):

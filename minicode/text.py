@@ -8,8 +8,8 @@ does not hold. So nothing is lost: decode(encode(s)) == s. Between two documents
 
 import codecs
 import hashlib
+import json
 import math
-import os
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -189,22 +189,24 @@ class Text:
                         yield text, held_out
                 done = before + path.stat().st_size
 
-    def settle(self, folder, make=False):
-        """Finds the tokens of the user's text in a run's folder, memory-mapped; with `make`, puts them there first."""
+    dtype = property(lambda self: np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<i4"))  # of the tokens in their file
+
+    def files(self):
+        """What a run's folder keeps of the data, by file: the tokens of the user's own text, and all else as JSON."""
+        files = {self.file: json.dumps(asdict(self))}
+        if self.data:
+            tokens = (token for text, _ in self._documents() for token in (*self.tokenizer.encode(text), SEPARATOR))
+            files = {self.tokens_file: np.fromiter(tokens, self.dtype), **files}
+        return files
+
+    def settle(self, folder):
+        """Finds the tokens of the user's own text in a run's folder, memory-mapped."""
         if self.data is None:
             return
-        path, dtype = folder / self.tokens_file, np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<i4")
-        if make and not path.exists():
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.unlink(missing_ok=True)
-            with open(temporary, "xb") as file:
-                for text, _ in self._documents():
-                    np.array([*self.tokenizer.encode(text), SEPARATOR], dtype).tofile(file)
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        if not path.is_file() or path.stat().st_size != sum(self.n_tokens) * dtype.itemsize:
+        path = folder / self.tokens_file
+        if not path.is_file() or path.stat().st_size != sum(self.n_tokens) * self.dtype.itemsize:
             raise ValueError(f"{path} is damaged: it does not hold the {sum(self.n_tokens)} tokens of {folder / self.file}")
-        tokens = np.memmap(path, dtype, mode="r")
+        tokens = np.memmap(path, self.dtype, mode="r")
         if tokens.min() < 0 or tokens.max() >= self.vocab_size:
             raise ValueError(f"{path} is damaged: there are tokens in it beyond the vocabulary of {self.vocab_size}")
         self.parts = tokens[: self.n_tokens[0]], tokens[self.n_tokens[0] :]
@@ -279,12 +281,9 @@ class Text:
         """Figures to hold a model's against."""
         return {"loss_unigram": self.loss_unigram}
 
-    def to_json(self):
-        return asdict(self)
-
     @classmethod
     def from_json(cls, data):
-        """The text that to_json described. Every value is checked: the user's files are not looked for again."""
+        """The text of `files`. Every value is checked: the user's files are not looked for again."""
         strings = [data["fingerprint"], *data["pieces"], *(data["data"] or [])]
         numbers = [data["vocab"], *(data["n_tokens"])]
         if not all(type(s) is str for s in strings) or not all(type(n) is int and n >= 0 for n in numbers) or len(numbers) != 3:

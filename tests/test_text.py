@@ -12,6 +12,7 @@ from test_train import refusal, same
 
 from minicode import load_run, text
 from minicode import train as training
+from minicode.run import write
 from minicode.sample import main as sample
 from minicode.stories import Stories, stories
 from minicode.text import SEPARATOR, Text, Tokenizer, split_file
@@ -162,7 +163,9 @@ def test_loss_of_a_unigram_model(story_text):
 def tokens_of(folder, *paths, vocab=500):
     own = Text([str(path) for path in paths], vocab)
     folder.mkdir()
-    own.settle(folder, make=True)
+    for name, content in own.files().items():
+        write(folder / name, content)
+    own.settle(folder)
     return own, [part.tolist() for part in own.parts]
 
 
