@@ -35,6 +35,7 @@ class FSM:
     n_edges: int = option(10, "successors of a state, all equally probable")
     base: int = option(10, "base in which a state is written, 2 to 36")
     seed: int = option(0, "seed of the machine's edges", flag=False)
+    successors: np.ndarray | None = option(None, "the edges (N, n_edges), different states in each row; none: drawn", flag=False)
 
     def __post_init__(self):
         if not 2 <= self.n_states <= 10_000 or not 2 <= self.base <= len(DIGITS) or not 1 <= self.n_edges <= self.n_states:
@@ -45,18 +46,15 @@ class FSM:
             self.digits += 1
         self.bos, self.vocab_size, self.least_block = self.base, self.base + 1, 2 * self.digits
         self.vocabulary = [*DIGITS[: self.base], "BOS"]  # the text of each token
-        every = np.tile(np.arange(self.n_states), (self.n_states, 1))
-        edges = np.random.default_rng(self.seed).permuted(every, axis=1)[:, : self.n_edges]
-        self.connect(np.sort(edges, axis=1))
+        if self.successors is None:
+            every = np.tile(np.arange(self.n_states), (self.n_states, 1))
+            self.successors = np.random.default_rng(self.seed).permuted(every, axis=1)[:, : self.n_edges]
+        self.successors = np.sort(self.successors, axis=1)
+        self.transition_matrix = np.zeros((self.n_states, self.n_states))
+        np.put_along_axis(self.transition_matrix, self.successors, 1 / self.n_edges, axis=1)
 
     def __str__(self):
         return f"TokFSM: {self.n_states} states, {self.n_edges} edges each"
-
-    def connect(self, successors):
-        """Sets the machine's edges: (N, n_edges), different states in each row."""
-        self.successors = successors
-        self.transition_matrix = np.zeros((self.n_states, self.n_states))
-        np.put_along_axis(self.transition_matrix, successors, 1 / self.n_edges, axis=1)
 
     # -- states and tokens
 
@@ -156,15 +154,11 @@ class FSM:
         No model's expected loss is lower. Exact: the first state, the distribution over states as it
         changes from step to step, and a state cut off by the end are all counted as they are.
         """
-        first = np.full((1, self.n_states), 1 / self.n_states)  # as if from one more state
-        rows = np.concatenate((self.transition_matrix, first))
-        joint = [self._prefix_entropy(rows, j) for j in range(self.digits + 1)]
-        digit_entropy = np.diff(joint, axis=0)  # [j, s]: of the next state's j-th digit, given s and the digits before
-        source, total = np.eye(self.n_states + 1)[-1], 0.0
-        for i in range(length):
-            total += source @ digit_entropy[i % self.digits]
-            if i % self.digits == self.digits - 1:
-                source = np.append(source @ rows, 0.0)
+        n, rest = divmod(length, self.digits)
+        before, rows, total = np.ones(1), np.full((1, self.n_states), 1 / self.n_states), 0.0  # the first: from nowhere
+        for n_digits in [self.digits] * n + [rest]:
+            total += before @ self._prefix_entropy(rows, n_digits)
+            before, rows = before @ rows, self.transition_matrix
         return float(total / length)
 
     def references(self, length):
@@ -173,9 +167,8 @@ class FSM:
 
     def _prefix_entropy(self, rows, n_digits):
         """Entropy of the first n_digits digits of a state drawn from each row of probabilities, in nats."""
-        prefixes = np.arange(self.n_states) // self.base ** (self.digits - n_digits)
-        p = np.zeros((len(rows), prefixes.max() + 1))
-        np.add.at(p.T, prefixes, rows.T)
+        starts = np.arange(0, self.n_states, self.base ** (self.digits - n_digits))
+        p = np.add.reduceat(rows, starts, axis=1)
         return -(p * np.log(np.where(p > 0, p, 1))).sum(1)
 
     # -- measures of a model
@@ -188,21 +181,16 @@ class FSM:
 
     def next_state_probabilities(self, model):
         """Probability of each next state after the prompt BOS s, for every state s: (N, N)."""
-        prefixes = np.arange(self.base ** (self.digits - 1))
-        tails = self.encode(prefixes)[:, 1:]  # (P, digits - 1): all but the last digit of the next state
-        tables = []
-        for states in np.array_split(np.arange(self.n_states), max(1, self.n_states * len(prefixes) // 2000)):
-            tokens = self.runs(states).repeat_interleave(len(prefixes), 0)
-            tokens = torch.cat((tokens, torch.from_numpy(tails).repeat(len(states), 1)), dim=1)
+        heads = torch.from_numpy(self.encode(np.arange(-(-self.n_states // self.base)))[:, 1:])  # (P, digits - 1): all but
+        tables = []  # the last digit of the next state
+        for runs in self.runs(np.arange(self.n_states)).split(max(1, 2000 // len(heads))):
+            tokens = torch.cat((runs.repeat_interleave(len(heads), 0), heads.repeat(len(runs), 1)), dim=1)  # (S * P, 2 * digits)
             with evaluating(model):
                 logits, _ = model(tokens.to(model.device))
-            log_p = logits[:, -self.digits :].double().log_softmax(-1)[..., : self.base].cpu().numpy()
-            log_p = log_p.reshape(len(states), len(prefixes), self.digits, self.base)
-            total = log_p[:, :, -1]  # (S, P, base): the last digit, given the prefix
-            for j in range(self.digits - 1):
-                total = total + log_p[:, np.arange(len(prefixes)), j, tails[:, j], None]
-            tables.append(np.exp(total.reshape(len(states), -1)[:, : self.n_states]))
-        return np.concatenate(tables)
+            log_p = logits[:, -self.digits :].double().log_softmax(-1).cpu()
+            head = log_p[:, :-1].gather(-1, tokens[:, 1 + self.digits :, None]).sum(1)  # (S * P, 1)
+            tables.append((head + log_p[:, -1, : self.base]).exp().view(len(runs), -1)[:, : self.n_states])
+        return torch.cat(tables).numpy()
 
     def first_transition_accuracy(self, model):
         """For every state as the prompt: the overlap of the n_edges most probable next states with the true ones."""
@@ -303,9 +291,7 @@ class FSM:
         fits = ordered.shape == (n_states, n_edges) and ordered.dtype.kind == "i"
         if not fits or ordered.min() < 0 or ordered.max() >= n_states or (ordered[:, 1:] == ordered[:, :-1]).any():
             raise ValueError(f"successors must be {n_edges} different states for each of {n_states}")
-        fsm = cls(**numbers)
-        fsm.connect(ordered)
-        return fsm
+        return cls(**{**data, "successors": ordered})
 
 
 def kl(p, q):
