@@ -125,7 +125,7 @@ def test_forced_distributions_against_force(fsm):
     model, tokens = make_model("head,mlp", k=2), make_tokens(fsm, n=20)
     recording = record_codes(model, tokens.numpy())
     numbers = [int(n) for n in np.flatnonzero(recording.count)[::7]]
-    found, free = forced_distributions(recording, numbers, n_contexts=4, batch=3)
+    found, free = forced_distributions(recording, numbers, n_contexts=4)
     assert found.keys() == set(numbers)
     for number in numbers:
         positions = np.flatnonzero((recording.fired == number).any(1)) % 8
