@@ -87,8 +87,10 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cache=None):
         q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, n_embd) each
         q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in (q, k, v))  # (B, H, T, d)
-        if cache is not None:
-            k, v = cache.extend(self, k, v)  # (B, H, past + T, d)
+        if cache is not None:  # {layer: (k, v)} of the positions before
+            if self in cache:
+                k, v = (torch.cat(pair, dim=2) for pair in zip(cache[self], (k, v)))  # (B, H, past + T, d)
+            cache[self] = k, v
         new, seen = q.shape[2], k.shape[2]
         mask = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new) if seen > new else None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # (B, H, T, d)
@@ -124,24 +126,11 @@ class Block(nn.Module):
         return self.block_codebook(x)
 
 
-class Cache:
-    """The keys and values of the positions seen so far, of each attention layer."""
-
-    def __init__(self):
-        self.length, self.layers = 0, {}
-
-    def extend(self, layer, k, v):
-        if layer in self.layers:
-            past_k, past_v = self.layers[layer]
-            k, v = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
-        self.layers[layer] = k, v
-        return k, v
-
-
 class GPT(nn.Module):
     """`GPT(config)(tokens, targets)` returns `(logits, loss)`, as nanoGPT's does.
 
-    tokens, targets (B, T) int64; logits (B, T, vocab_size); loss: cross-entropy a token in nats, or None.
+    tokens, targets (B, T) int64; logits (B, T, vocab_size); loss: cross-entropy a token in nats, or None. cache: a dict,
+    empty at first, that keeps the keys and values of each attention layer for the tokens that come next.
     """
 
     def __init__(self, config):
@@ -181,15 +170,13 @@ class GPT(nn.Module):
             codebook.enabled = on
 
     def forward(self, tokens, targets=None, cache=None):
-        past, n_tokens = (cache.length if cache else 0), tokens.shape[1]
+        past, n_tokens = (cache[self.h[0].attn][0].shape[2] if cache else 0), tokens.shape[1]
         if past + n_tokens > self.config.block_size:
             raise ValueError(f"{past + n_tokens} tokens are more than the block_size of {self.config.block_size}")
         self.span = range(past, past + n_tokens)  # the positions of this call
         x = self.wte(tokens) + self.wpe.weight[past : past + n_tokens]  # (B, T, n_embd)
         for block in self.h:
             x = block(x, cache)
-        if cache is not None:
-            cache.length += n_tokens
         logits = self.lm_head(self.ln_f(x))  # (B, T, vocab_size)
         return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
@@ -201,12 +188,12 @@ class GPT(nn.Module):
         if tokens.shape[1] + max_new_tokens > self.config.block_size + 1:
             asked = f"a prompt of {tokens.shape[1]} tokens and {max_new_tokens} new ones"
             raise ValueError(f"{asked} are more than the block_size of {self.config.block_size}, and one")
-        cache = Cache() if use_cache else None
+        cache = {} if use_cache else None
         self.prompt_length = tokens.shape[1]  # so that position -1 goes on meaning the prompt's last
         try:
             with evaluating(self):
                 for _ in range(max_new_tokens):
-                    logits, _ = self(tokens[:, cache.length if cache else 0 :], cache=cache)
+                    logits, _ = self(tokens[:, -1:] if cache else tokens, cache=cache)
                     new = choose(logits[:, -1].float(), temperature, top_k, generator)
                     tokens = torch.cat((tokens, new), dim=1)
             return tokens
