@@ -185,9 +185,10 @@ class GPT(nn.Module):
 
         With the cache each step runs one position; without it, all of them: the same tokens, more slowly.
         """
-        if tokens.shape[1] + max_new_tokens > self.config.block_size + 1:
-            asked = f"a prompt of {tokens.shape[1]} tokens and {max_new_tokens} new ones"
-            raise ValueError(f"{asked} are more than the block_size of {self.config.block_size}, and one")
+        room = self.config.block_size + 1 - tokens.shape[1]  # the last token is not run through the model
+        if max_new_tokens > room:
+            size = f"a prompt of {tokens.shape[1]} tokens leaves room for {max(0, room)} more"
+            raise ValueError(f"{size} in the block of {self.config.block_size}, not for {max_new_tokens}")
         cache = {} if use_cache else None
         self.prompt_length = tokens.shape[1]  # so that position -1 goes on meaning the prompt's last
         try:
