@@ -34,8 +34,8 @@ class FSM:
     n_states: int = option(100, "states of the machine")
     n_edges: int = option(10, "successors of a state, all equally probable")
     base: int = option(10, "base in which a state is written, 2 to 36")
-    seed: int = option(0, "seed of the machine's edges", flag=False)
-    successors: np.ndarray | None = option(None, "the edges (N, n_edges), different states in each row; none: drawn", flag=False)
+    seed: int = option(0, "seed of the machine's edges", flag=None)
+    successors: np.ndarray | None = option(None, "the edges (N, n_edges), different states in each row; none: drawn", flag=None)
 
     def __post_init__(self):
         if not 2 <= self.n_states <= 10_000 or not 2 <= self.base <= len(DIGITS) or not 1 <= self.n_edges <= self.n_states:

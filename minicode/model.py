@@ -21,14 +21,21 @@ from minicode.topk import SIMILARITIES
 SITES = ("head", "attn", "mlp_mid", "mlp", "block")  # in the order in which a block runs through them
 
 
-def option(default, help, **more):
-    """A dataclass field whose documentation is the help of its flag; least, below and choices are what is valid."""
-    return field(default=default, metadata={"help": help, **more})
+def option(default, help, flag={}, **valid):
+    """A dataclass field whose documentation is the help of its flag; least, below and choices are what is valid.
+
+    flag: how argparse reads it, where that does not follow from the field's type; None where it is no flag.
+    """
+    return field(default=default, metadata={"help": help, "flag": flag, **valid})
+
+
+def number(text):
+    return None if text == "none" else float(text)
 
 
 @dataclass
 class GPTConfig:
-    vocab_size: int = option(11, "tokens in the vocabulary", least=1, flag=False)
+    vocab_size: int = option(11, "tokens in the vocabulary", flag=None, least=1)
     block_size: int = option(128, "tokens in a sequence", least=1)
     n_layer: int = option(2, "transformer blocks", least=1)
     n_head: int = option(4, "attention heads a block", least=1)
@@ -38,9 +45,8 @@ class GPTConfig:
     n_codes_head: int = option(16, "codes in the codebook of one head", least=1)
     k: int = option(1, "codes chosen at a site and position", least=1)
     similarity: str = option("distance", "what a code is chosen by: distance, dot or, as in the paper, cosine: accuracy 0.49", choices=SIMILARITIES)
-    decay: float | None = option(
-        None, "codes are moving averages with this decay a step, such as 0.98; none: learnt by gradient", least=0, below=1
-    )
+    decay: float | None = option(None, "codes are moving averages with this decay a step, such as 0.98; none: learnt by gradient",
+                                 {"type": number, "metavar": "number"}, least=0, below=1)  # fmt: skip
 
     def sites(self):
         """The sites that have codebooks, in the order of SITES."""

@@ -48,7 +48,7 @@ class TrainConfig(GPTConfig):
     revive_after: float = option(0.7, "share of the steps with codebooks before the first revival", least=0)
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
     dtype: str = option("float32", "float32, or bfloat16 (but for the search)", choices=("float32", "bfloat16"))
-    compile: bool = option(False, "compile the model with torch.compile")
+    compile: bool = option(False, "compile the model with torch.compile", flag={"action": "store_true"})
     eval_every: int = option(400, "steps between evaluations", least=1)
     checkpoint_every: int = option(1000, "steps between checkpoints", least=1)
 
@@ -61,25 +61,15 @@ class TrainConfig(GPTConfig):
 def add_flags(parser, cls, preset={}):
     """The fields of a dataclass as flags; where a preset changes a default, the help says so."""
     for f in fields(cls):
-        if f.metadata.get("flag", True):
-            default = preset.get(f.name, f.default)
-            flag, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (default: {default})".replace("%", "%%")
-            if f.type is bool:
-                parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
-            elif "nargs" in f.metadata:
-                parser.add_argument(flag, nargs=f.metadata["nargs"], default=argparse.SUPPRESS, help=text, metavar="FILE")
-            else:
-                kind = number if f.type == float | None else f.type
-                parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text, metavar=kind.__name__)
-
-
-def number(text):
-    return None if text == "none" else float(text)
+        if (flag := f.metadata["flag"]) is not None:
+            text = f"{f.metadata['help']} (default: {preset.get(f.name, f.default)})".replace("%", "%%")
+            how = flag or {"type": f.type, "metavar": f.type.__name__}
+            parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how)
 
 
 def given(args, cls):
     """The fields of cls that the command line names."""
-    return {f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name) and f.metadata.get("flag", True)}
+    return {f.name: getattr(args, f.name) for f in fields(cls) if f.metadata["flag"] is not None and f.name in args}
 
 
 class Parser(argparse.ArgumentParser):

@@ -116,12 +116,12 @@ class Text:
     group: ClassVar = 0  # tokens that make one word; 0: each token has its own spaces
     between: ClassVar = "\n\n---\n\n"  # samples
     demonstration: ClassVar = ""
-    data: list | None = option(None, "files or folders of UTF-8 text; without: stories, made on the spot", nargs="+")
+    data: list | None = option(None, "files or folders of UTF-8 text; without: stories, made on the spot", flag={"nargs": "+", "metavar": "FILE"})
     vocab: int = option(2048, "tokens in the vocabulary, at most: 257, and the most frequent words")
-    pieces: list | None = option(None, "those words", flag=False)
-    fingerprint: str = option("", "hash of the text, or of the grammar of the stories", flag=False)
-    n_tokens: list | None = option(None, "tokens to train on, and held out", flag=False)
-    loss_unigram: float = option(0.0, "loss on held-out text when only each token's frequency is known", flag=False)
+    pieces: list | None = option(None, "those words", flag=None)
+    fingerprint: str = option("", "hash of the text, or of the grammar of the stories", flag=None)
+    n_tokens: list | None = option(None, "tokens to train on, and held out", flag=None)
+    loss_unigram: float = option(0.0, "loss on held-out text when only each token's frequency is known", flag=None)
 
     def __post_init__(self):
         if self.vocab <= SEPARATOR:
