@@ -284,10 +284,9 @@ class Text:
     @classmethod
     def from_json(cls, data):
         """The text of `files`. Every value is checked: the user's files are not looked for again."""
-        strings = [data["fingerprint"], *data["pieces"], *(data["data"] or [])]
-        numbers = [data["vocab"], *(data["n_tokens"])]
-        if not all(type(s) is str for s in strings) or not all(type(n) is int and n >= 0 for n in numbers) or len(numbers) != 3:
-            raise ValueError("its words must be strings, and its numbers whole")
-        if len(set(data["pieces"])) != len(data["pieces"]) or not math.isfinite(data["loss_unigram"]):
-            raise ValueError("its words must be different, and its loss a number")
+        words, numbers = data["pieces"], [data["vocab"], *data["n_tokens"]]
+        strings = all(type(s) is str for s in (data["fingerprint"], *words, *(data["data"] or [])))
+        whole = len(numbers) == 3 and all(type(n) is int and n >= 0 for n in numbers)
+        if not strings or not whole or len(set(words)) != len(words) or not math.isfinite(data["loss_unigram"]):
+            raise ValueError("its words must be different strings, and its numbers finite, and whole but for the loss")
         return cls(**data)
