@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from minicode.figures import bars, lines, scatter, ticks
-from minicode.report import write_report
+from minicode.interpret import write_report
 
 SVG = "{http://www.w3.org/2000/svg}"
 NAN = float("nan")
