@@ -93,8 +93,14 @@ class Parser(argparse.ArgumentParser):
             self.error(str(error))
 
 
-def one_line(error):
-    return " ".join(str(error).split())[:200]
+@contextmanager
+def reading(path, wrong="is damaged"):
+    """Whatever goes wrong in the block, as a hostile file may have it, is a ValueError that names the file, in one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} {wrong}: {reason or type(error).__name__}") from None
 
 
 def write(path, content):
@@ -127,7 +133,7 @@ def write_tensors(path, data):
 
 def read_tensors(path):
     """A file of tensors; one that is damaged, or that would run code, is a ValueError. They stay on the disk until used."""
-    try:
+    with reading(path, "is damaged, or no file of tensors, and was not loaded"):
         with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size or archive.testzip():
@@ -136,8 +142,6 @@ def read_tensors(path):
         if not isinstance(data, dict):
             raise ValueError("no dict")
         return data
-    except Exception as error:  # whatever the zip reader and the unpickler raise
-        raise ValueError(f"{path} is damaged, or no file of tensors, and was not loaded ({type(error).__name__})") from None
 
 
 def check_tensors(tensors, expected):
@@ -156,10 +160,8 @@ def check_tensors(tensors, expected):
 
 def read_json(path, build):
     """build(data) of a JSON file; anything wrong with it is a ValueError that names the file."""
-    try:
+    with reading(path):
         return build(json.loads(path.read_text()))
-    except Exception as error:  # whatever a hostile file leads to
-        raise ValueError(f"{path} is damaged: {one_line(error)}") from None
 
 
 def figures(data):
@@ -258,7 +260,7 @@ class Run:
 def load_model(config, path, device):
     """The model in a file, in evaluation mode; ValueError if it is not one of this config."""
     state = read_tensors(path)
-    try:
+    with reading(path, "does not hold the model of config.json"):
         if config.n_layer > len(state):
             raise ValueError(f"it has {len(state)} tensors, for {config.n_layer} layers")
         with torch.device("meta"):  # without memory, until it is known to be no more than the file's
@@ -266,8 +268,6 @@ def load_model(config, path, device):
         if (wanted := sum(tensor.nbytes for tensor in expected.values())) > (size := path.stat().st_size):
             raise ValueError(f"it has {size} bytes, of {wanted}")
         check_tensors(state, expected)
-    except Exception as error:  # whatever a hostile file leads to
-        raise ValueError(f"{path} does not hold the model of config.json: {one_line(error)}") from None
     model = GPT(config)
     model.load_state_dict(state)
     return model.to(device).eval()
@@ -300,9 +300,7 @@ def latest_run():
 def read_metrics(folder, up_to=math.inf):
     """The lines of metrics.jsonl, one an evaluation, up to a step; half a line at the end does not count."""
     path = folder / "metrics.jsonl"
-    try:
+    with reading(path):
         lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
         metrics = [figures(json.loads(line)) for line in lines if line.endswith("\n")]
         return [line for line in metrics if line["step"] <= up_to]
-    except Exception as error:
-        raise ValueError(f"{path} is damaged: {one_line(error)}") from None

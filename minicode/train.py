@@ -25,7 +25,7 @@ from minicode.control import record
 from minicode.fsm import FSM
 from minicode.model import GPT, evaluating
 from minicode.run import (
-    Parser, TrainConfig, add_flags, check_run, check_tensors, given, load_run, make_run, one_line, read_metrics, read_tensors,
+    Parser, TrainConfig, add_flags, check_run, check_tensors, given, load_run, make_run, read_metrics, read_tensors, reading,
     write, write_tensors,
 )  # fmt: skip
 from minicode.text import Text
@@ -181,7 +181,7 @@ def open_session(config, data, folder, resume=False, overwrite=False):
         try:
             model = GPT(config).to(device)
         except RuntimeError as error:
-            raise ValueError(f"there is no room for this model: {one_line(error)}") from None
+            raise ValueError(f"there is no room for this model: {error}") from None
         model.use_codebooks(config.dense_steps == 0)
         session = Session(config, data, folder, model, make_optimizer(model, config), [])
         if resume and (folder / "train_state.pt").is_file():
@@ -195,7 +195,7 @@ def load_checkpoint(session):
     """Puts a session where its folder's checkpoint was taken; ValueError if that is damaged, or another run's."""
     path, model, config = session.folder / "train_state.pt", session.model, session.config
     state = read_tensors(path)
-    try:
+    with reading(path, "is not a checkpoint of this run"):
         check_tensors(state["model"], model.state_dict())
         parameters, moments = dict(enumerate(p for group in session.optimizer.param_groups for p in group["params"])), {}
         for i, found in state["optimizer"].items():
@@ -206,8 +206,6 @@ def load_checkpoint(session):
             raise ValueError(f"step {session.step}, after {session.seconds} seconds")
         model.load_state_dict(state["model"])
         session.optimizer.load_state_dict({**session.optimizer.state_dict(), "state": moments})
-    except Exception as error:  # whatever a hostile file leads to
-        raise ValueError(f"{path} is not a checkpoint of this run: {one_line(error)}") from None
     session.metrics = lines = read_metrics(session.folder, session.step)
     due = [n for n in range(1, session.step + 1) if evaluation_is_due(config, n)]
     if [line["step"] for line in lines] != due or not all({"loss", "accuracy"} <= line.keys() for line in lines):
