@@ -1,6 +1,5 @@
 """Charts as SVG, in plain Python: bars, lines and scatter, each of which returns a string, for a page or for a file.
 
-The colours can be told apart by the colour-blind (after Okabe and Ito), and follow the reader's light or dark theme.
 Values that are None, NaN or infinite are left out. Every chart takes `title`, which screen readers read, the labels of
 the axes `x` and `y`, and `cover`: numbers that the axes have to reach, whatever the data.
 """
@@ -8,18 +7,9 @@ the axes `x` and `y`, and `cover`: numbers that the axes have to reach, whatever
 import math
 from html import escape
 from itertools import product
+from pathlib import Path
 
-LIGHT = "#0072b2 #d55e00 #009e73 #b0508a #8a6d00 #6f6f6f".split()
-DARK = "#56b4e9 #f08a4b #2cc295 #e39bc6 #dcbf4a #a8a8a8".split()
-STYLE = ".chart{font:13px system-ui,-apple-system,'Segoe UI',sans-serif}.chart text{fill:currentColor}" + "".join(
-    f"@media {theme}{{.chart{{color:{text}}}.chart .ink,.chart .label{{color:{ink}}}.chart .grid{{color:{grid}}}"
-    f".chart .label{{font-weight:600;stroke:{paper};stroke-width:4;paint-order:stroke}}"
-    + "".join(f".chart .c{i}{{color:{color}}}" for i, color in enumerate(colors)) + "}"
-    for theme, text, ink, grid, paper, colors in (
-        ("all", "#57606a", "#1f2328", "#dfe3e8", "#fff", LIGHT),
-        ("(prefers-color-scheme:dark)", "#a3adb8", "#f0f3f6", "#30363d", "#15181c", DARK),
-    )
-)  # fmt: skip
+STYLE = Path(__file__).with_name("figures.css").read_text()
 WIDTH, LETTER = 480, 7  # of a chart, and of a letter on average, in pixels
 
 
