@@ -155,21 +155,17 @@ class FSM:
         changes from step to step, and a state cut off by the end are all counted as they are.
         """
         n, rest = divmod(length, self.digits)
-        before, rows, total = np.ones(1), np.full((1, self.n_states), 1 / self.n_states), 0.0  # the first: from nowhere
-        for n_digits in [self.digits] * n + [rest]:
-            total += before @ self._prefix_entropy(rows, n_digits)
-            before, rows = before @ rows, self.transition_matrix
-        return float(total / length)
+        rows = np.concatenate((self.transition_matrix, np.full((1, self.n_states), 1 / self.n_states)))  # the last: from nowhere
 
-    def references(self, length):
-        """Figures to hold a model's against."""
-        return {"loss_floor": self.loss_floor(length)}
+        def entropy(n_digits):
+            """Of the first n_digits digits of the next state, given the one before, in nats: (N + 1)."""
+            p = np.add.reduceat(rows, np.arange(0, self.n_states, self.base ** (self.digits - n_digits)), axis=1)
+            return -(p * np.log(np.where(p > 0, p, 1))).sum(1)
 
-    def _prefix_entropy(self, rows, n_digits):
-        """Entropy of the first n_digits digits of a state drawn from each row of probabilities, in nats."""
-        starts = np.arange(0, self.n_states, self.base ** (self.digits - n_digits))
-        p = np.add.reduceat(rows, starts, axis=1)
-        return -(p * np.log(np.where(p > 0, p, 1))).sum(1)
+        before, total, whole = np.eye(self.n_states + 1)[-1], 0.0, entropy(self.digits)
+        for _ in range(n):
+            total, before = total + before @ whole, np.append(before @ rows, 0)
+        return float((total + before @ entropy(rest)) / length)
 
     # -- measures of a model
 
@@ -198,11 +194,12 @@ class FSM:
         return float((np.take_along_axis(self.transition_matrix, best, axis=1) > 0).mean())
 
     def measures(self, model, seed, tokens, loss):
-        """What only the machine's ground truth can tell of a model; the training loop adds the rest."""
+        """What only the machine can tell of a model and its loss on sequences (n, T); the training loop adds the rest."""
         generator = torch.Generator(model.device).manual_seed(seed)
         return {
             "transition_accuracy": self.transition_accuracy(model, generator),
             "first_transition_accuracy": self.first_transition_accuracy(model),
+            "loss_floor": self.loss_floor(tokens.shape[1] - 1),
         }
 
     # -- control

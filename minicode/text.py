@@ -274,12 +274,8 @@ class Text:
     def measures(self, model, seed, tokens, loss):
         """What the loss on sequences (n, T) means in other units; every byte of the text is counted, once."""
         targets = tokens[:, 1:]
-        n_bytes = self.tokenizer.sizes[targets].sum()
-        return {"perplexity": math.exp(loss), "bits_per_byte": float(loss / math.log(2) * targets.size / n_bytes)}
-
-    def references(self, length):
-        """Figures to hold a model's against."""
-        return {"loss_unigram": self.loss_unigram}
+        bits = float(loss / math.log(2) * targets.size / self.tokenizer.sizes[targets].sum())
+        return {"perplexity": math.exp(loss), "bits_per_byte": bits, "loss_unigram": self.loss_unigram}
 
     @classmethod
     def from_json(cls, data):

@@ -279,8 +279,7 @@ def describe(line):
 def summarise(session):
     """Writes summary.json: the final figures, and those of the dense model before the codebooks came in."""
     dense = [line for line in session.metrics if "dead_code_fraction" not in line and session.config.sites()]
-    more = session.data.references(session.config.block_size)
-    summary = {**session.metrics[-1], **more, "seconds": round(session.seconds, 1), "dense": dense[-1] if dense else None}
+    summary = {**session.metrics[-1], "seconds": round(session.seconds, 1), "dense": dense[-1] if dense else None}
     write(session.folder / "summary.json", json.dumps(summary, indent=1))
     return summary
 
