@@ -70,10 +70,6 @@ class Detectors:
     f1: np.ndarray
     total: np.ndarray  # (labels): positions that have the label
 
-    def best(self):
-        """For each label that occurs: it, and the number of the code that detects it best, by F1."""
-        return [(label, self.f1[:, label].argmax()) for label in np.flatnonzero(self.total)]
-
 
 def detect(recording, labels, names):
     """How well each code detects each label: labels (n, T), -1 for none (paper, section 4.2)."""
@@ -162,8 +158,9 @@ def codes_against_neurons(run, recording, kinds, n_positions=2**15):
     values, points = neurons(model, recording.tokens[:rows]), []
     for labels, names in kinds:
         flat = labels[:rows].ravel()
-        found, some = detect(recording, labels, names), set(flat)
-        best = [(label, code) for label, code in found.best() if label in some and found.f1[code, label] > 0]
+        found = detect(recording, labels, names)
+        best = [(label, found.f1[:, label].argmax()) for label in np.unique(flat[flat >= 0])]  # label and code
+        best = [(label, code) for label, code in best if found.f1[code, label] > 0]
         precision = best_neurons(values, torch.from_numpy(flat), [(label, found.recall[code, label]) for label, code in best])
         points += [(float(p), float(found.precision[code, label]), names[label]) for p, (label, code) in zip(precision, best)]
     neuron, code = np.array([point[:2] for point in points] or [[0.0, 0.0]]).T  # none: no label occurs, or no code fires on one
