@@ -284,9 +284,10 @@ def summarise(session):
     return summary
 
 
-def table(columns, names):
-    """The figures of these names in columns, {title: figures}, for people."""
-    width = max(map(len, names)) + 1
+def table(summary, others, names):
+    """A run's figures of these names for people, beside those of its dense model and of others, {title: figures}."""
+    dense, width = summary["dense"], max(map(len, names)) + 1
+    columns = {"this run": summary, **({f"dense, step {dense['step']}": dense} if dense else {}), **others}
     lines = [" " * width + "".join(f"   {title}" for title in columns)]
     for name in names:
         cells = (f"{row[name]:.4f}" if name in row else "-" for row in columns.values())
