@@ -30,7 +30,6 @@ class FSM:
     most_block: ClassVar = math.inf  # tokens in a block, for there is no end to the data
     sample_length: ClassVar = 24  # tokens of a sample
     between: ClassVar = "\n"  # samples
-    demonstration: ClassVar = " --force-code"  # what minicode.sample then needs
     n_states: int = option(100, "states of the machine")
     n_edges: int = option(10, "successors of a state, all equally probable")
     base: int = option(10, "base in which a state is written, 2 to 36")

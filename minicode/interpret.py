@@ -15,7 +15,6 @@ import torch
 from minicode import figures, topics
 from minicode.codebook import perplexity
 from minicode.control import Code
-from minicode.fsm import FSM
 from minicode.measures import (
     agreement, best_labels, codes_against_neurons, control_study, detect, forced_distributions, matches, purity, record_codes,
 )  # fmt: skip
@@ -104,7 +103,7 @@ def study(run, recording, kinds, other, folder):
     result = {"run": str(run.folder), "tokens": int(recording.tokens.size), "usage": usage(recording)}
     detectors = result["detectors"] = codes_against_neurons(run, recording, [kinds[kind] for kind in data.detected])
     points, labels = detectors.pop("points"), best_labels(recording, kinds)
-    if isinstance(data, FSM):
+    if run.fsm:
         result["purity"] = dict(zip(("bigram", "trigram"), (purity(run.model, prompts) for prompts in data.prefixes())))
         found = detect(recording, *kinds["state"])
         detectors["states_with_code"] = float((np.minimum(found.precision, found.recall).max(0) >= 0.95).mean())

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from minicode.control import GENERATED, Code, block, chosen, force, random_codes
-from minicode.fsm import FSM
 from minicode.run import Parser, latest_run, load_run
 from minicode.topics import expand
 
@@ -70,7 +69,7 @@ def sample(run, args):
 
 def demonstrate(run, args):
     """Forces the codes of a state b in a run that is in a state a: what comes next follows b."""
-    if not isinstance(run.data, FSM):
+    if not run.fsm:
         raise ValueError("a bare --force-code is the demonstration on TokFSM; on text: --force-code topic:NAME, or word:WORD")
     fsm, model, rng = run.fsm, run.model, np.random.default_rng(args.seed)
     sites = run.sites()

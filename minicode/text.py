@@ -115,7 +115,6 @@ class Text:
     sample_length: ClassVar = 100
     group: ClassVar = 0  # tokens that make one word; 0: each token has its own spaces
     between: ClassVar = "\n\n---\n\n"  # samples
-    demonstration: ClassVar = ""
     data: list | None = option(None, "files or folders of UTF-8 text; without: stories, made on the spot", flag={"nargs": "+", "metavar": "FILE"})
     vocab: int = option(2048, "tokens in the vocabulary, at most: 257, and the most frequent words")
     pieces: list | None = option(None, "those words", flag=None)
@@ -175,19 +174,18 @@ class Text:
                 yield " ".join(sentence for sentence, _ in stories().story(number)), number % HELD_OUT == 0
             return
         paths = list_files(self.data)
-        total, done, seen = sum(path.stat().st_size for path in paths), 0, set()
+        total, before, seen = sum(path.stat().st_size for path in paths), 0, set()
         with tqdm(total=total, unit="B", unit_scale=True, desc="reading", leave=False, disable=None) as bar:
             for path in paths:
-                before = done
                 for offset, content in split_file(path):
-                    bar.update(before + offset - bar.n)
-                    done, text = before + offset + len(content), decode_utf8(path, offset, content)
-                    held_out, known = done > total * (1 - 1 / HELD_OUT), hash(content.strip())
+                    text, end = decode_utf8(path, offset, content), before + offset + len(content)
+                    bar.update(end - bar.n)
+                    held_out, known = end > total * (1 - 1 / HELD_OUT), hash(content.strip())
                     if not held_out:
                         seen.add(known)
                     if text.strip() and not (held_out and known in seen):
                         yield text, held_out
-                done = before + path.stat().st_size
+                before += path.stat().st_size
 
     dtype = property(lambda self: np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<i4"))  # of the tokens in their file
 

@@ -298,7 +298,7 @@ def report(run, compared):
     tokens = run.model.generate(data.prompt(""), min(data.sample_length, run.config.block_size), generator=generator)
     return (
         f"{compared}\n{summary['tokens'] / 1e6:.1f} M tokens in {summary['seconds']:.0f} s\n"
-        f"a sample: {data.show(tokens[0].numpy())}\nnext:     python -m minicode.sample --run {run.folder}{data.demonstration}"
+        f"a sample: {data.show(tokens[0].numpy())}\nnext:     python -m minicode.sample --run {run.folder}{' --force-code' * bool(run.fsm)}"
     )
 
 
