@@ -176,10 +176,10 @@ class FSM:
 
     def next_state_probabilities(self, model):
         """Probability of each next state after the prompt BOS s, for every state s: (N, N)."""
-        heads = torch.from_numpy(self.encode(np.arange(-(-self.n_states // self.base)))[:, 1:])  # (P, digits - 1): all but
-        tables = []  # the last digit of the next state
-        for runs in self.runs(np.arange(self.n_states)).split(max(1, 2000 // len(heads))):
-            tokens = torch.cat((runs.repeat_interleave(len(heads), 0), heads.repeat(len(runs), 1)), dim=1)  # (S * P, 2 * digits)
+        n_heads = -(-self.n_states // self.base)  # a head is all digits of the next state but the last
+        heads, tables = torch.from_numpy(self.encode(np.arange(n_heads))[:, 1:]), []  # (P, digits - 1)
+        for runs in self.runs(np.arange(self.n_states)).split(max(1, 2000 // n_heads)):
+            tokens = torch.cat((runs.repeat_interleave(n_heads, 0), heads.repeat(len(runs), 1)), dim=1)
             with evaluating(model):
                 logits, _ = model(tokens.to(model.device))
             log_p = logits[:, -self.digits :].double().log_softmax(-1).cpu()
