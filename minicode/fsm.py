@@ -34,7 +34,7 @@ class FSM:
     n_edges: int = option(10, "successors of a state, all equally probable")
     base: int = option(10, "base in which a state is written, 2 to 36")
     seed: int = option(0, "seed of the machine's edges", flag=None)
-    successors: np.ndarray | None = option(None, "the edges (N, n_edges), different states in each row; none: drawn", flag=None)
+    successors: np.ndarray | None = option(None, "the edges (N, n_edges), different in each row; none: drawn", flag=None)
 
     def __post_init__(self):
         if not 2 <= self.n_states <= 10_000 or not 2 <= self.base <= len(DIGITS) or not 1 <= self.n_edges <= self.n_states:
@@ -154,7 +154,7 @@ class FSM:
         changes from step to step, and a state cut off by the end are all counted as they are.
         """
         n, rest = divmod(length, self.digits)
-        rows = np.concatenate((self.transition_matrix, np.full((1, self.n_states), 1 / self.n_states)))  # the last: from nowhere
+        rows = np.concatenate((self.transition_matrix, np.full((1, self.n_states), 1 / self.n_states)))  # the last: at first
 
         def entropy(n_digits):
             """Of the first n_digits digits of the next state, given the one before, in nats: (N + 1)."""

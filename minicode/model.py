@@ -45,8 +45,10 @@ class GPTConfig:
     n_codes_head: int = option(16, "codes in the codebook of one head", least=1)
     k: int = option(1, "codes chosen at a site and position", least=1)
     similarity: str = option("distance", "what a code is chosen by: distance, dot or, as in the paper, cosine: accuracy 0.49", choices=SIMILARITIES)
-    decay: float | None = option(None, "codes are moving averages with this decay a step, such as 0.98; none: learnt by gradient",
-                                 {"type": number, "metavar": "number"}, least=0, below=1)  # fmt: skip
+    decay: float | None = option(
+        None, "codes are moving averages with this decay a step, such as 0.98; none: learnt by gradient",
+        {"type": number, "metavar": "number"}, least=0, below=1,
+    )  # fmt: skip
 
     def sites(self):
         """The sites that have codebooks, in the order of SITES."""

@@ -115,7 +115,9 @@ class Text:
     sample_length: ClassVar = 100
     group: ClassVar = 0  # tokens that make one word; 0: each token has its own spaces
     between: ClassVar = "\n\n---\n\n"  # samples
-    data: list | None = option(None, "files or folders of UTF-8 text; without: stories, made on the spot", flag={"nargs": "+", "metavar": "FILE"})
+    data: list | None = option(
+        None, "files or folders of UTF-8 text; without: stories, made on the spot", {"nargs": "+", "metavar": "FILE"}
+    )
     vocab: int = option(2048, "tokens in the vocabulary, at most: 257, and the most frequent words")
     pieces: list | None = option(None, "those words", flag=None)
     fingerprint: str = option("", "hash of the text, or of the grammar of the stories", flag=None)

@@ -295,10 +295,11 @@ def table(summary, others, names):
 def report(run, compared):
     """What people are told at the end: the table of figures, and a sample."""
     data, summary, generator = run.data, run.summary, torch.Generator().manual_seed(run.config.seed)
+    demonstration = " --force-code" if run.fsm else ""
     tokens = run.model.generate(data.prompt(""), min(data.sample_length, run.config.block_size), generator=generator)
     return (
         f"{compared}\n{summary['tokens'] / 1e6:.1f} M tokens in {summary['seconds']:.0f} s\n"
-        f"a sample: {data.show(tokens[0].numpy())}\nnext:     python -m minicode.sample --run {run.folder}{' --force-code' * bool(run.fsm)}"
+        f"a sample: {data.show(tokens[0].numpy())}\nnext:     python -m minicode.sample --run {run.folder}{demonstration}"
     )
 
 
