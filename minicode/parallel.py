@@ -1,15 +1,17 @@
 """Several processes: torchrun starts the same program once for each, and they train as one.
 
-Every rank draws the whole batch and works on its rows of it; gradients are averaged, and what the codebooks count is
-added up. So a run is the same, to rounding, on any number of processes, and its codes are the same on all of them.
-Rank 0 alone evaluates, prints and writes. In a single process nothing here does anything.
+Every rank draws the whole batch and works on its rows of it; DistributedDataParallel averages the gradients; what
+the codebooks count is added up. So a run is the same, to rounding, on any number of processes, and its codes are
+the same on all of them. Rank 0 alone evaluates, prints and writes. In a single process nothing here does anything.
 """
 
 import os
-from contextlib import contextmanager
+import warnings
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 
 def join():
@@ -31,6 +33,20 @@ def rank():
     return dist.get_rank() if ranks() > 1 else 0
 
 
+def wrap(model, unused):
+    """The model, with gradients that are averaged over all ranks; `unused`: some parameters have none."""
+    if ranks() == 1:
+        return model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.13 renames broadcast_buffers
+        return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=unused)
+
+
+def keep_gradients(forward, wanted):
+    """Within the block a wrapped model's gradients add up on each rank, and are not averaged yet."""
+    return forward.no_sync() if wanted and ranks() > 1 else nullcontext()
+
+
 def my_rows(batch):
     """This rank's rows of a tensor that all ranks have."""
     return batch.chunk(ranks())[rank()]
@@ -49,13 +65,6 @@ def add_up(tensor):
     """Adds a tensor up over the ranks, in place."""
     if ranks() > 1:
         dist.all_reduce(tensor)
-
-
-def average_gradients(model):
-    """Each rank's gradients are of its rows of the batch; after this, of all rows."""
-    for p in model.parameters() if ranks() > 1 else ():
-        if p.grad is not None:
-            add_up(p.grad.div_(ranks()))
 
 
 def take_from_first(module):

@@ -102,13 +102,13 @@ def train_step(model, forward, optimizer, config, step, data):
     x, y = (parallel.my_rows(tokens).chunk(config.accumulate) for tokens in batch(config, data, model.device, 0, step))
     losses = []
     for part_x, part_y in zip(x, y):
-        with torch.autocast(part_x.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            _, loss = forward(part_x, part_y)
-        pull = sum(config.autoencoding * c.autoencoding + config.commitment * c.commitment for c in codebooks)
-        ((loss + pull) / len(x)).backward()
+        with parallel.keep_gradients(forward, wanted=len(losses) + 1 < len(x)):
+            with torch.autocast(part_x.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+                _, loss = forward(part_x, part_y)
+            pull = sum(config.autoencoding * c.autoencoding + config.commitment * c.commitment for c in codebooks)
+            ((loss + pull) / len(x)).backward()
         losses.append(loss.detach())
         codebooks = {codebook: inputs + codebook.inputs for codebook, inputs in codebooks.items()}
-    parallel.average_gradients(model)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     for codebook, inputs in codebooks.items():
@@ -218,7 +218,9 @@ def train(session):
     Raises FloatingPointError when the loss is no number any more, OSError on a full disk; the last checkpoint stays.
     """
     config, data, model = session.config, session.data, session.model
-    forward = torch.compile(model) if config.compile else model
+    fast = torch.compile(model) if config.compile else model
+    waiting = config.decay is None and not all(codebook.enabled for codebook in model.codebooks().values())
+    forward = parallel.wrap(fast, unused=waiting)
     began = time.monotonic() - session.seconds
     model.train()
     quiet = parallel.rank() > 0 or None
@@ -228,6 +230,7 @@ def train(session):
             if step == config.dense_steps and step > 0:
                 parallel.first(write_tensors, session.folder / "dense.pt", model.state_dict())  # before codebooks change it
                 start_codebooks(model, config, data, generator)
+                forward = parallel.wrap(fast, unused=False)
             loss = train_step(model, forward, session.optimizer, config, step, data)
             loss, stopped = parallel.agree(loss, bool(stop))
             done = step + 1
