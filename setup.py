@@ -7,7 +7,7 @@ setup(
     license="MIT",
     packages=["minicode", "minicode.csrc"],
     package_dir={"minicode.csrc": "csrc"},  # the sources travel with the wheel, and are compiled at first use
-    package_data={"minicode": ["*.html", "*.txt"], "minicode.csrc": ["*"]},
+    package_data={"minicode": ["*.css", "*.html", "*.txt"], "minicode.csrc": ["*"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "ninja", "numpy", "tqdm"],
     extras_require={"test": ["pytest"]},

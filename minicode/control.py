@@ -15,7 +15,7 @@ import torch
 from minicode.model import SITES, evaluating
 
 GENERATED = "generated"  # the positions at which the tokens after the prompt are sampled
-NOTATION = re.compile(r"(?:head\.(\d+)\.(\d+)|(\w+)\.(\d+))\.(\d+)(?:@(-?\d+))?")
+NOTATION = re.compile(r"(\w+)\.(\d+)(?:\.(\d+))?\.(\d+)(?:@(-?\d+))?")  # site, layer, head, code, position
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,13 @@ class Code:
         """The code that the text names, if the model has it; else a ValueError that says what there is."""
         match = NOTATION.fullmatch(text)
         if not match:
-            raise ValueError(
-                f"{text!r} is not a code: write mlp.LAYER.CODE or head.LAYER.HEAD.CODE, "
-                f"and @POSITION for one position, as in mlp.1.527@4"
-            )
-        head_layer, head, site, layer, number, position = match.groups()
-        site, layer = ("head", head_layer) if head else (site, layer)
+            wanted = "write mlp.LAYER.CODE or head.LAYER.HEAD.CODE, and @POSITION for one position, as in mlp.1.527@4"
+            raise ValueError(f"{text!r} is not a code: {wanted}")
+        site, layer, head, number, position = match.groups()
         if site not in SITES:
             raise ValueError(f"{text}: there is no site {site!r}; the sites are {', '.join(SITES)}")
-        if site == "head" and not head:
-            raise ValueError(f"{text}: a head's code needs its head: head.LAYER.HEAD.CODE, as in head.0.3.12")
+        if (site == "head") != bool(head):
+            raise ValueError(f"{text}: a head's code, and no other, needs its head: head.LAYER.HEAD.CODE, as in head.0.3.12")
         code = cls(f"{site}.{int(layer)}", int(head or 0), int(number), None if position is None else int(position))
         codebook = codebook_of(model, code.site, text)
         for what, value, n in (("head", code.group, codebook.groups), ("code", code.id, codebook.n_codes)):

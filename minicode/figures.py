@@ -1,6 +1,5 @@
 """Charts as SVG, in plain Python: bars, lines and scatter, each of which returns a string, for a page or for a file.
 
-The colours can be told apart by the colour-blind (after Okabe and Ito), and follow the reader's light or dark theme.
 Values that are None, NaN or infinite are left out. Every chart takes `title`, which screen readers read, the labels of
 the axes `x` and `y`, and `cover`: numbers that the axes have to reach, whatever the data.
 """
@@ -8,18 +7,9 @@ the axes `x` and `y`, and `cover`: numbers that the axes have to reach, whatever
 import math
 from html import escape
 from itertools import product
+from pathlib import Path
 
-LIGHT = "#0072b2 #d55e00 #009e73 #b0508a #8a6d00 #6f6f6f".split()
-DARK = "#56b4e9 #f08a4b #2cc295 #e39bc6 #dcbf4a #a8a8a8".split()
-STYLE = ".chart{font:13px system-ui,-apple-system,'Segoe UI',sans-serif}.chart text{fill:currentColor}" + "".join(
-    f"@media {theme}{{.chart{{color:{text}}}.chart .ink,.chart .label{{color:{ink}}}.chart .grid{{color:{grid}}}"
-    f".chart .label{{font-weight:600;stroke:{paper};stroke-width:4;paint-order:stroke}}"
-    + "".join(f".chart .c{i}{{color:{color}}}" for i, color in enumerate(colors)) + "}"
-    for theme, text, ink, grid, paper, colors in (
-        ("all", "#57606a", "#1f2328", "#dfe3e8", "#fff", LIGHT),
-        ("(prefers-color-scheme:dark)", "#a3adb8", "#f0f3f6", "#30363d", "#15181c", DARK),
-    )
-)  # fmt: skip
+STYLE = Path(__file__).with_name("figures.css").read_text()
 WIDTH, LETTER = 480, 7  # of a chart, and of a letter on average, in pixels
 
 
@@ -55,9 +45,8 @@ class Axis:
 class Chart:
     """The frame of a chart, into which path() and text() draw. x and y: names or numbers, as for an axis."""
 
-    def __init__(self, title, x, y, x_label, y_label, legend=(), height=300, reference=None):
-        """reference: (value, label) of a line across, on the axis of numbers."""
-        self.title, self.height, self.reference, self.parts = title, height, reference, []
+    def __init__(self, title, x, y, x_label, y_label, legend=(), height=300, right=20):
+        self.title, self.height, self.parts = title, height, []
         left, top = 0, 14
         for i, name in enumerate(legend):
             width = 32 + LETTER * len(name)
@@ -65,24 +54,19 @@ class Chart:
             self.parts.append(f'<path class="c{i % 6}" d="M{left} {top - 10}h11v11h-11z" fill="currentColor"/>')
             self.text(left + 17, top, name)
             left += width
-        self.lying = Axis(y, 0, 1).named  # bars that lie: the reference stands, and its label is above it
-        above, beside = bool(y_label or reference and self.lying), reference and not self.lying
-        top, bottom = (top + 18 if legend else 10) + 18 * above, height - (46 if x_label else 26)
-        self.y = Axis(y, top, bottom) if self.lying else Axis(y, bottom, top)
-        left = 12 + LETTER * max(len(text) for _, text in self.y.ticks)
-        self.x = Axis(x, left, WIDTH - (14 + LETTER * len(reference[1]) if beside else 20))
+        top, bottom = (top + 18 if legend else 10) + 18 * bool(y_label), height - (46 if x_label else 26)
+        self.y = Axis(y, bottom, top)
+        if self.y.named:  # from the top down
+            self.y.start, self.y.end = top, bottom
+        self.x = Axis(x, 12 + LETTER * max(len(text) for _, text in self.y.ticks), WIDTH - right)
         for value, text in self.x.ticks:
-            self.path([] if self.x.named else self.across(value), "grid")
+            self.path([] if self.x.named else [(value, self.y.low), (value, self.y.high)], "grid")
             self.text(self.x(value), bottom + 18, text, "middle")
         for value, text in self.y.ticks:
-            self.path([] if self.y.named else self.across(y=value), "grid")
-            self.text(left - 7, self.y(value) + 4.5, text, "end")
-        self.text((left + self.x.end) / 2, height - 8, x_label, "middle")
+            self.path([] if self.y.named else [(self.x.low, value), (self.x.high, value)], "grid")
+            self.text(self.x.start - 7, self.y(value) + 4.5, text, "end")
+        self.text((self.x.start + self.x.end) / 2, height - 8, x_label, "middle")
         self.text(0, top - 12, y_label)
-
-    def across(self, x=None, y=None):
-        """The ends of a line across the frame at x, or at y."""
-        return [(self.x.low, y), (self.x.high, y)] if x is None else [(x, self.y.low), (x, self.y.high)]
 
     def path(self, points, color="ink", width=1, fill="none", dash="none", title="", dots=False):
         """A line through the points that are finite, broken at others; or dots at them; or, filled, an area."""
@@ -99,19 +83,14 @@ class Chart:
         self.parts += [f"<text {place}>{escape(text)}</text>"] * bool(text)
 
     def svg(self):
-        if self.reference:
-            value, label = self.reference
-            self.path(self.across(value) if self.lying else self.across(y=value), dash="4 3")
-            place = (self.x(value), self.y.start - 6) if self.lying else (self.x.end + 6, self.y(value) + 4.5)
-            self.text(*place, label, "middle" if self.lying else "start")
         title, size = escape(self.title), f'width="{WIDTH}" height="{self.height}" viewBox="0 0 {WIDTH} {self.height}"'
         head = f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" {size} role="img" aria-label="{title}">'
         return "".join((head, f"<title>{title}</title><style>{STYLE}</style>", *self.parts, "</svg>"))
 
 
-def bars(groups, series, values, errors=None, *, title="", x="", y="", reference=None, horizontal=False, cover=()):
+def bars(groups, series, values, errors=None, *, title="", x="", y="", horizontal=False, cover=()):
     """Bars side by side: values[i][j] of series i in the group j; errors: half the length of their error bars."""
-    n, numbers, drawn = max(1, len(series)), [0, *cover, *(reference or ())[:1]], []
+    n, numbers, drawn = max(1, len(series)), [0, *cover], []
     for (i, name), (j, group) in product(enumerate(series), enumerate(groups)):
         value, error = values[i][j], errors[i][j] if errors and finite(errors[i][j]) else 0
         if finite(value):
@@ -120,7 +99,7 @@ def bars(groups, series, values, errors=None, *, title="", x="", y="", reference
             numbers += [value - error, value + error]
     swap = (lambda a, b: (b, a)) if horizontal else (lambda a, b: (a, b))
     height, legend = 80 + len(groups) * (12 + 13 * n) if horizontal else 300, series if n > 1 else ()
-    chart = Chart(title, *swap(groups, numbers), x, y, legend, height, reference)
+    chart = Chart(title, *swap(groups, numbers), x, y, legend, height)
     for at, value, error, color, note in drawn:
         box = [swap(at + side * 0.36 / n, end) for side, end in ((-1, 0), (-1, value), (1, value), (1, 0))]
         chart.path(box, color, 0, "currentColor", title=note)
@@ -129,13 +108,17 @@ def bars(groups, series, values, errors=None, *, title="", x="", y="", reference
 
 
 def lines(series, *, title="", x="", y="", reference=None, cover=()):
-    """series: {name: (xs, ys)}, a line each; with dots where they are few."""
+    """series: {name: (xs, ys)}, a line each; with dots where they are few. reference: (y, label) of a line across."""
     xs, ys = ([v for line in series.values() for v in line[axis]] for axis in (0, 1))
-    numbers, legend = [*cover, *(reference or ())[:1], *ys], series if len(series) > 1 else ()
-    chart = Chart(title, xs, numbers, x, y, legend, reference=reference)
+    at, label = reference or (None, "")
+    legend, right = series if len(series) > 1 else (), 14 + LETTER * len(label) if reference else 20
+    chart = Chart(title, xs, [*cover, at, *ys], x, y, legend, right=right)
     for i, (a, b) in enumerate(series.values()):
         chart.path(zip(a, b), f"c{i % 6}", 2)
         chart.path(zip(a, b) if len(a) <= 40 else (), f"c{i % 6}", 7, dots=True)
+    if reference:
+        chart.path([(chart.x.low, at), (chart.x.high, at)], dash="4 3")
+        chart.text(chart.x.end + 6, chart.y(at) + 4.5, label)
     return chart.svg()
 
 

@@ -6,6 +6,7 @@ tokens 3 8, so the network never sees a state, only digits. A sequence is BOS, t
     BOS 3 8 0 7 9 1 ...     the states 38 -> 07 -> 91, the tokens [10, 3, 8, 0, 7, 9, 1, ...]
 """
 
+import json
 import math
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -29,11 +30,11 @@ class FSM:
     most_block: ClassVar = math.inf  # tokens in a block, for there is no end to the data
     sample_length: ClassVar = 24  # tokens of a sample
     between: ClassVar = "\n"  # samples
-    demonstration: ClassVar = " --force-code"  # what minicode.sample then needs
     n_states: int = option(100, "states of the machine")
     n_edges: int = option(10, "successors of a state, all equally probable")
     base: int = option(10, "base in which a state is written, 2 to 36")
-    seed: int = option(0, "seed of the machine's edges", flag=False)
+    seed: int = option(0, "seed of the machine's edges", flag=None)
+    successors: np.ndarray | None = option(None, "the edges (N, n_edges), different in each row; none: drawn", flag=None)
 
     def __post_init__(self):
         if not 2 <= self.n_states <= 10_000 or not 2 <= self.base <= len(DIGITS) or not 1 <= self.n_edges <= self.n_states:
@@ -44,18 +45,15 @@ class FSM:
             self.digits += 1
         self.bos, self.vocab_size, self.least_block = self.base, self.base + 1, 2 * self.digits
         self.vocabulary = [*DIGITS[: self.base], "BOS"]  # the text of each token
-        every = np.tile(np.arange(self.n_states), (self.n_states, 1))
-        edges = np.random.default_rng(self.seed).permuted(every, axis=1)[:, : self.n_edges]
-        self.connect(np.sort(edges, axis=1))
+        if self.successors is None:
+            every = np.tile(np.arange(self.n_states), (self.n_states, 1))
+            self.successors = np.random.default_rng(self.seed).permuted(every, axis=1)[:, : self.n_edges]
+        self.successors = np.sort(self.successors, axis=1)
+        self.transition_matrix = np.zeros((self.n_states, self.n_states))
+        np.put_along_axis(self.transition_matrix, self.successors, 1 / self.n_edges, axis=1)
 
     def __str__(self):
         return f"TokFSM: {self.n_states} states, {self.n_edges} edges each"
-
-    def connect(self, successors):
-        """Sets the machine's edges: (N, n_edges), different states in each row."""
-        self.successors = successors
-        self.transition_matrix = np.zeros((self.n_states, self.n_states))
-        np.put_along_axis(self.transition_matrix, successors, 1 / self.n_edges, axis=1)
 
     # -- states and tokens
 
@@ -155,27 +153,18 @@ class FSM:
         No model's expected loss is lower. Exact: the first state, the distribution over states as it
         changes from step to step, and a state cut off by the end are all counted as they are.
         """
-        first = np.full((1, self.n_states), 1 / self.n_states)  # as if from one more state
-        rows = np.concatenate((self.transition_matrix, first))
-        joint = [self._prefix_entropy(rows, j) for j in range(self.digits + 1)]
-        digit_entropy = np.diff(joint, axis=0)  # [j, s]: of the next state's j-th digit, given s and the digits before
-        source, total = np.eye(self.n_states + 1)[-1], 0.0
-        for i in range(length):
-            total += source @ digit_entropy[i % self.digits]
-            if i % self.digits == self.digits - 1:
-                source = np.append(source @ rows, 0.0)
-        return float(total / length)
+        n, rest = divmod(length, self.digits)
+        rows = np.concatenate((self.transition_matrix, np.full((1, self.n_states), 1 / self.n_states)))  # the last: at first
 
-    def references(self, length):
-        """Figures to hold a model's against."""
-        return {"loss_floor": self.loss_floor(length)}
+        def entropy(n_digits):
+            """Of the first n_digits digits of the next state, given the one before, in nats: (N + 1)."""
+            p = np.add.reduceat(rows, np.arange(0, self.n_states, self.base ** (self.digits - n_digits)), axis=1)
+            return -(p * np.log(np.where(p > 0, p, 1))).sum(1)
 
-    def _prefix_entropy(self, rows, n_digits):
-        """Entropy of the first n_digits digits of a state drawn from each row of probabilities, in nats."""
-        prefixes = np.arange(self.n_states) // self.base ** (self.digits - n_digits)
-        p = np.zeros((len(rows), prefixes.max() + 1))
-        np.add.at(p.T, prefixes, rows.T)
-        return -(p * np.log(np.where(p > 0, p, 1))).sum(1)
+        before, total, whole = np.eye(self.n_states + 1)[-1], 0.0, entropy(self.digits)
+        for _ in range(n):
+            total, before = total + before @ whole, np.append(before @ rows, 0)
+        return float((total + before @ entropy(rest)) / length)
 
     # -- measures of a model
 
@@ -187,21 +176,16 @@ class FSM:
 
     def next_state_probabilities(self, model):
         """Probability of each next state after the prompt BOS s, for every state s: (N, N)."""
-        prefixes = np.arange(self.base ** (self.digits - 1))
-        tails = self.encode(prefixes)[:, 1:]  # (P, digits - 1): all but the last digit of the next state
-        tables = []
-        for states in np.array_split(np.arange(self.n_states), max(1, self.n_states * len(prefixes) // 2000)):
-            tokens = self.runs(states).repeat_interleave(len(prefixes), 0)
-            tokens = torch.cat((tokens, torch.from_numpy(tails).repeat(len(states), 1)), dim=1)
+        n_heads = -(-self.n_states // self.base)  # a head is all digits of the next state but the last
+        heads, tables = torch.from_numpy(self.encode(np.arange(n_heads))[:, 1:]), []  # (P, digits - 1)
+        for runs in self.runs(np.arange(self.n_states)).split(max(1, 2000 // n_heads)):
+            tokens = torch.cat((runs.repeat_interleave(n_heads, 0), heads.repeat(len(runs), 1)), dim=1)
             with evaluating(model):
                 logits, _ = model(tokens.to(model.device))
-            log_p = logits[:, -self.digits :].double().log_softmax(-1)[..., : self.base].cpu().numpy()
-            log_p = log_p.reshape(len(states), len(prefixes), self.digits, self.base)
-            total = log_p[:, :, -1]  # (S, P, base): the last digit, given the prefix
-            for j in range(self.digits - 1):
-                total = total + log_p[:, np.arange(len(prefixes)), j, tails[:, j], None]
-            tables.append(np.exp(total.reshape(len(states), -1)[:, : self.n_states]))
-        return np.concatenate(tables)
+            log_p = logits[:, -self.digits :].double().log_softmax(-1).cpu()
+            head = log_p[:, :-1].gather(-1, tokens[:, 1 + self.digits :, None]).sum(1)  # (S * P, 1)
+            tables.append((head + log_p[:, -1, : self.base]).exp().view(len(runs), -1)[:, : self.n_states])
+        return torch.cat(tables).numpy()
 
     def first_transition_accuracy(self, model):
         """For every state as the prompt: the overlap of the n_edges most probable next states with the true ones."""
@@ -209,11 +193,12 @@ class FSM:
         return float((np.take_along_axis(self.transition_matrix, best, axis=1) > 0).mean())
 
     def measures(self, model, seed, tokens, loss):
-        """What only the machine's ground truth can tell of a model; the training loop adds the rest."""
+        """What only the machine can tell of a model and its loss on sequences (n, T); the training loop adds the rest."""
         generator = torch.Generator(model.device).manual_seed(seed)
         return {
             "transition_accuracy": self.transition_accuracy(model, generator),
             "first_transition_accuracy": self.first_transition_accuracy(model),
+            "loss_floor": self.loss_floor(tokens.shape[1] - 1),
         }
 
     # -- control
@@ -282,8 +267,12 @@ class FSM:
     def __eq__(self, other):
         return isinstance(other, FSM) and self.to_json() == other.to_json()
 
-    def settle(self, folder, make=False):
-        """What a run needs beyond to_json: nothing."""
+    def files(self):
+        """What a run's folder keeps of the data, by file."""
+        return {self.file: json.dumps(self.to_json())}
+
+    def settle(self, folder):
+        """Finds what else there is in a run's folder: nothing."""
 
     def to_json(self):
         return {**asdict(self), "successors": self.successors.tolist()}
@@ -298,9 +287,7 @@ class FSM:
         fits = ordered.shape == (n_states, n_edges) and ordered.dtype.kind == "i"
         if not fits or ordered.min() < 0 or ordered.max() >= n_states or (ordered[:, 1:] == ordered[:, :-1]).any():
             raise ValueError(f"successors must be {n_edges} different states for each of {n_states}")
-        fsm = cls(**numbers)
-        fsm.connect(ordered)
-        return fsm
+        return cls(**{**data, "successors": ordered})
 
 
 def kl(p, q):

@@ -15,12 +15,13 @@ import torch
 from minicode import figures, topics
 from minicode.codebook import perplexity
 from minicode.control import Code
-from minicode.fsm import FSM
 from minicode.measures import (
     agreement, best_labels, codes_against_neurons, control_study, detect, forced_distributions, matches, purity, record_codes,
 )  # fmt: skip
-from minicode.report import write_report
 from minicode.run import Parser, latest_run, load_run, write, write_array
+
+TEMPLATE = Path(__file__).with_name("report.html")
+UNSAFE = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}  # within a script, where a corpus must end nothing
 
 
 def main(argv=None):
@@ -102,7 +103,7 @@ def study(run, recording, kinds, other, folder):
     result = {"run": str(run.folder), "tokens": int(recording.tokens.size), "usage": usage(recording)}
     detectors = result["detectors"] = codes_against_neurons(run, recording, [kinds[kind] for kind in data.detected])
     points, labels = detectors.pop("points"), best_labels(recording, kinds)
-    if isinstance(data, FSM):
+    if run.fsm:
         result["purity"] = dict(zip(("bigram", "trigram"), (purity(run.model, prompts) for prompts in data.prefixes())))
         found = detect(recording, *kinds["state"])
         detectors["states_with_code"] = float((np.minimum(found.precision, found.recall).max(0) >= 0.95).mean())
@@ -173,7 +174,17 @@ def draw(result, points):
 
 
 def page(run, recording, labels, result, drawn, n_contexts=6):
-    """What report.html shows."""
+    """What report.html shows, a dict for write_report:
+
+    title, about   what the page is about: a name, a sentence or two
+    measures       [[name, value, note], ...]: the table at the top
+    figures        [{"svg": ..., "caption": ...}, ...]
+    vocab, group   the text of every token; group n: a space after the first token and then after every n; 0: none
+    tokens, length the evaluation set, as one list, and how many of them are a sequence
+    codes          [[name, count, what it stands for, precision, recall, places, next], ...]: places in `tokens`, and
+                   next, the most probable next tokens when it is forced, [[token, probability], ...]
+    free           the same when nothing is forced, averaged
+    """
     alive = np.flatnonzero(recording.count)
     after, free = forced_distributions(recording, alive)
     rows = []
@@ -182,14 +193,21 @@ def page(run, recording, labels, result, drawn, n_contexts=6):
         label = f"{kind} {name}" if best else None
         places = recording.places(number, n_contexts).tolist()
         rows.append([str(code), int(recording.count[number]), label, precision, recall, places, top(after.get(number))])
-    used = sorted({place // recording.tokens.shape[1] for row in rows for place in row[5]})
+    used = max(place // recording.tokens.shape[1] for row in rows for place in row[5])
     return {
         "title": str(run.folder), "about": f"{run.data}. Codes recorded on {recording.tokens.size:,} tokens that it was not trained on.",
         "measures": measures(result),
         "figures": [{"svg": svg, "caption": caption} for svg, caption in drawn.values()], "vocab": run.data.vocabulary, "group": run.data.group,
-        "length": recording.tokens.shape[1], "tokens": recording.tokens[: used[-1] + 1].ravel().tolist(), "codes": rows,
+        "length": recording.tokens.shape[1], "tokens": recording.tokens[: used + 1].ravel().tolist(), "codes": rows,
         "free": top(free),
     }  # fmt: skip
+
+
+def write_report(path, data):
+    """Writes the page of a run: report.html with the data of `page` in it, NaN as null. It asks for nothing else."""
+    data = json.loads(json.dumps(data), parse_constant=lambda name: None)
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).translate(UNSAFE)
+    write(path, TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", text))
 
 
 def top(p, n=5):

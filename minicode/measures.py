@@ -5,10 +5,9 @@ them with neurons; `control_study` forces codes, and what could pass for them; `
 """
 
 import math
-from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -37,10 +36,12 @@ class Recording:
         first = np.array([starts[column] for column in self.columns], dtype=np.int32)
         self.fired = self.codes.reshape(-1, len(first)) + first  # (n * T, columns): numbers
         self.count = np.bincount(self.fired.ravel(), minlength=len(self.names))
+        by_code = np.argsort(self.fired, axis=None, kind="stable") // len(first)
+        self.where = np.split(by_code, np.cumsum(self.count)[:-1])  # of each code, the positions at which it fires
 
     def places(self, number, most):
         """Up to `most` positions at which a code fires, evenly spread over the recording."""
-        at = np.flatnonzero((self.fired == number).any(1))
+        at = self.where[number]
         return at[np.linspace(0, len(at) - 1, min(most, len(at))).astype(int)]
 
 
@@ -68,10 +69,6 @@ class Detectors:
     recall: np.ndarray
     f1: np.ndarray
     total: np.ndarray  # (labels): positions that have the label
-
-    def best(self):
-        """For each label that occurs: it, and the number of the code that detects it best, by F1."""
-        return [(label, self.f1[:, label].argmax()) for label in np.flatnonzero(self.total)]
 
 
 def detect(recording, labels, names):
@@ -161,8 +158,9 @@ def codes_against_neurons(run, recording, kinds, n_positions=2**15):
     values, points = neurons(model, recording.tokens[:rows]), []
     for labels, names in kinds:
         flat = labels[:rows].ravel()
-        found, some = detect(recording, labels, names), set(flat)
-        best = [(label, code) for label, code in found.best() if label in some and found.f1[code, label] > 0]
+        found = detect(recording, labels, names)
+        best = [(label, found.f1[:, label].argmax()) for label in np.unique(flat[flat >= 0])]  # label and code
+        best = [(label, code) for label, code in best if found.f1[code, label] > 0]
         precision = best_neurons(values, torch.from_numpy(flat), [(label, found.recall[code, label]) for label, code in best])
         points += [(float(p), float(found.precision[code, label]), names[label]) for p, (label, code) in zip(precision, best)]
     neuron, code = np.array([point[:2] for point in points] or [[0.0, 0.0]]).T  # none: no label occurs, or no code fires on one
@@ -173,38 +171,26 @@ def codes_against_neurons(run, recording, kinds, n_positions=2**15):
 # -- what a code does
 
 
-def forced_distributions(recording, numbers, n_contexts=16, batch=32):
+def forced_distributions(recording, numbers, n_contexts=16):
     """{number: next-token distribution} with each of these codes forced at the end of a context, averaged over contexts;
     and the distribution when nothing is forced, averaged over the same.
 
     The contexts are the starts of other sequences, cut at a position at which the code fires somewhere.
     """
-    model, tokens, by_length, result = recording.model, torch.from_numpy(recording.tokens), defaultdict(list), {}
-    free = torch.zeros(model.config.vocab_size)
-    place = np.full(len(recording.names), tokens.shape[1])
-    positions = np.tile(np.arange(tokens.shape[1]), len(tokens))
-    late = positions >= 3
-    np.minimum.at(place, recording.fired[late], positions[late, None])
-    for number in numbers:
-        by_length[min(place[number], tokens.shape[1] - 1)].append(number)
-    for last, group in tqdm(by_length.items(), desc="forcing codes", leave=False, disable=None):
-        contexts = tokens[:n_contexts, : last + 1].to(model.device)
-        n_contexts = len(contexts)
-        with evaluating(model), record(model) as there:
-            p = model(contexts)[0][:, -1].float().softmax(-1)
-        free += p.mean(0).cpu() * len(group) / len(numbers)
-        for start in range(0, len(group), batch):
-            many = group[start : start + batch]
-            for site in {recording.names[number].site for number in many}:
-                these = [number for number in many if recording.names[number].site == site]
-                ids = there[site][:, -1].repeat(len(these), 1, 1)  # (codes * contexts, G, k)
-                for i, code in enumerate(recording.names[number] for number in these):
-                    row = ids[i * n_contexts : (i + 1) * n_contexts, code.group]
-                    row[~(row == code.id).any(-1), -1] = code.id
-                with evaluating(model), force(model, {site: ids}, last):
-                    p = model(contexts.repeat(len(these), 1))[0][:, -1].float().softmax(-1)
-                result.update(zip(these, p.view(len(these), n_contexts, -1).mean(1).cpu().numpy()))
-    return result, free.numpy()
+    model, length = recording.model, recording.tokens.shape[1]
+    contexts = torch.from_numpy(recording.tokens[:n_contexts]).to(model.device)
+    places = {number: recording.where[number] % length for number in numbers}
+    ends = {number: at[at >= 3].min(initial=length - 1) for number, at in places.items()}
+
+    def after(last):
+        with evaluating(model):
+            return model(contexts[:, : last + 1])[0][:, -1].float().softmax(-1).mean(0).cpu().numpy()
+
+    free, result = cache(after), {}
+    for number, last in tqdm(ends.items(), desc="forcing codes", leave=False, disable=None):
+        with force(model, str(recording.names[number]), last):
+            result[number] = after(last)
+    return result, np.mean([free(last) for last in ends.values()], axis=0)
 
 
 def shift(module, delta, position):
@@ -295,15 +281,10 @@ def agreement(one, other, generator):
     """Do the codes of two runs agree? For each code of one, the highest intersection over union of the positions on which
     it fires with those of a code of the other: the mean over codes; and by chance, with the other's positions shuffled."""
 
+    places = [at for at in one.where if len(at)]
+
     def mean_best(fired):
-        best, n, lot = np.zeros(len(one.names)), len(other.names), 1024
-        for start in range(0, len(one.names), lot):  # so many codes at a time
-            count, both = one.count[start : start + lot], np.zeros((min(lot, len(one.names) - start), n))
-            for column in one.fired.T:
-                here = (column >= start) & (column < start + lot)
-                pairs = (column[here, None] - start).astype(np.int64) * n + fired[here]
-                both += np.bincount(pairs.ravel(), minlength=both.size).reshape(both.shape)
-            best[start : start + lot] = (both / np.maximum(count[:, None] + other.count - both, 1)).max(1)
-        return float(best[one.count > 0].mean())
+        both = (np.bincount(fired[at].ravel(), minlength=len(other.names)) for at in places)
+        return float(np.mean([(b / (len(at) + other.count - b)).max() for b, at in zip(both, places)]))
 
     return {"mean_iou": mean_best(other.fired), "chance": mean_best(generator.permutation(other.fired))}

@@ -21,14 +21,21 @@ from minicode.topk import SIMILARITIES
 SITES = ("head", "attn", "mlp_mid", "mlp", "block")  # in the order in which a block runs through them
 
 
-def option(default, help, **more):
-    """A dataclass field whose documentation is the help of its flag; least, below and choices are what is valid."""
-    return field(default=default, metadata={"help": help, **more})
+def option(default, help, flag={}, **valid):
+    """A dataclass field whose documentation is the help of its flag; least, below and choices are what is valid.
+
+    flag: how argparse reads it, where that does not follow from the field's type; None where it is no flag.
+    """
+    return field(default=default, metadata={"help": help, "flag": flag, **valid})
+
+
+def number(text):
+    return None if text == "none" else float(text)
 
 
 @dataclass
 class GPTConfig:
-    vocab_size: int = option(11, "tokens in the vocabulary", least=1, flag=False)
+    vocab_size: int = option(11, "tokens in the vocabulary", flag=None, least=1)
     block_size: int = option(128, "tokens in a sequence", least=1)
     n_layer: int = option(2, "transformer blocks", least=1)
     n_head: int = option(4, "attention heads a block", least=1)
@@ -39,8 +46,9 @@ class GPTConfig:
     k: int = option(1, "codes chosen at a site and position", least=1)
     similarity: str = option("distance", "what a code is chosen by: distance, dot or, as in the paper, cosine: accuracy 0.49", choices=SIMILARITIES)
     decay: float | None = option(
-        None, "codes are moving averages with this decay a step, such as 0.98; none: learnt by gradient", least=0, below=1
-    )
+        None, "codes are moving averages with this decay a step, such as 0.98; none: learnt by gradient",
+        {"type": number, "metavar": "number"}, least=0, below=1,
+    )  # fmt: skip
 
     def sites(self):
         """The sites that have codebooks, in the order of SITES."""
@@ -87,8 +95,10 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cache=None):
         q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, n_embd) each
         q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in (q, k, v))  # (B, H, T, d)
-        if cache is not None:
-            k, v = cache.extend(self, k, v)  # (B, H, past + T, d)
+        if cache is not None:  # {layer: (k, v)} of the positions before
+            if self in cache:
+                k, v = (torch.cat(pair, dim=2) for pair in zip(cache[self], (k, v)))  # (B, H, past + T, d)
+            cache[self] = k, v
         new, seen = q.shape[2], k.shape[2]
         mask = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new) if seen > new else None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # (B, H, T, d)
@@ -124,24 +134,11 @@ class Block(nn.Module):
         return self.block_codebook(x)
 
 
-class Cache:
-    """The keys and values of the positions seen so far, of each attention layer."""
-
-    def __init__(self):
-        self.length, self.layers = 0, {}
-
-    def extend(self, layer, k, v):
-        if layer in self.layers:
-            past_k, past_v = self.layers[layer]
-            k, v = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
-        self.layers[layer] = k, v
-        return k, v
-
-
 class GPT(nn.Module):
     """`GPT(config)(tokens, targets)` returns `(logits, loss)`, as nanoGPT's does.
 
-    tokens, targets (B, T) int64; logits (B, T, vocab_size); loss: cross-entropy a token in nats, or None.
+    tokens, targets (B, T) int64; logits (B, T, vocab_size); loss: cross-entropy a token in nats, or None. cache: a dict,
+    empty at first, that keeps the keys and values of each attention layer for the tokens that come next.
     """
 
     def __init__(self, config):
@@ -181,15 +178,13 @@ class GPT(nn.Module):
             codebook.enabled = on
 
     def forward(self, tokens, targets=None, cache=None):
-        past, n_tokens = (cache.length if cache else 0), tokens.shape[1]
+        past, n_tokens = (cache[self.h[0].attn][0].shape[2] if cache else 0), tokens.shape[1]
         if past + n_tokens > self.config.block_size:
             raise ValueError(f"{past + n_tokens} tokens are more than the block_size of {self.config.block_size}")
         self.span = range(past, past + n_tokens)  # the positions of this call
         x = self.wte(tokens) + self.wpe.weight[past : past + n_tokens]  # (B, T, n_embd)
         for block in self.h:
             x = block(x, cache)
-        if cache is not None:
-            cache.length += n_tokens
         logits = self.lm_head(self.ln_f(x))  # (B, T, vocab_size)
         return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
@@ -198,15 +193,16 @@ class GPT(nn.Module):
 
         With the cache each step runs one position; without it, all of them: the same tokens, more slowly.
         """
-        if tokens.shape[1] + max_new_tokens > self.config.block_size + 1:
-            asked = f"a prompt of {tokens.shape[1]} tokens and {max_new_tokens} new ones"
-            raise ValueError(f"{asked} are more than the block_size of {self.config.block_size}, and one")
-        cache = Cache() if use_cache else None
+        room = self.config.block_size + 1 - tokens.shape[1]  # the last token is not run through the model
+        if max_new_tokens > room:
+            size = f"a prompt of {tokens.shape[1]} tokens leaves room for {max(0, room)} more"
+            raise ValueError(f"{size} in the block of {self.config.block_size}, not for {max_new_tokens}")
+        cache = {} if use_cache else None
         self.prompt_length = tokens.shape[1]  # so that position -1 goes on meaning the prompt's last
         try:
             with evaluating(self):
                 for _ in range(max_new_tokens):
-                    logits, _ = self(tokens[:, cache.length if cache else 0 :], cache=cache)
+                    logits, _ = self(tokens[:, -1:] if cache else tokens, cache=cache)
                     new = choose(logits[:, -1].float(), temperature, top_k, generator)
                     tokens = torch.cat((tokens, new), dim=1)
             return tokens

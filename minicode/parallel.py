@@ -61,9 +61,9 @@ def all_rows(rows):
     return torch.cat(parts)
 
 
-def add_up(*tensors):
-    """Adds tensors up over the ranks, in place."""
-    for tensor in tensors if ranks() > 1 else ():
+def add_up(tensor):
+    """Adds a tensor up over the ranks, in place."""
+    if ranks() > 1:
         dist.all_reduce(tensor)
 
 
@@ -75,8 +75,6 @@ def take_from_first(module):
 
 def agree(loss, stop):
     """The mean loss, and whether any rank is to stop, so that all end at the same step."""
-    if ranks() == 1:
-        return loss, stop
     both = torch.stack((loss / ranks(), torch.full_like(loss, stop)))
     add_up(both)
     return both[0], both[1].item() > 0

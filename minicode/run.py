@@ -48,7 +48,7 @@ class TrainConfig(GPTConfig):
     revive_after: float = option(0.7, "share of the steps with codebooks before the first revival", least=0)
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
     dtype: str = option("float32", "float32, or bfloat16 (but for the search)", choices=("float32", "bfloat16"))
-    compile: bool = option(False, "compile the model with torch.compile")
+    compile: bool = option(False, "compile the model with torch.compile", flag={"action": "store_true"})
     eval_every: int = option(400, "steps between evaluations", least=1)
     checkpoint_every: int = option(1000, "steps between checkpoints", least=1)
 
@@ -61,25 +61,15 @@ class TrainConfig(GPTConfig):
 def add_flags(parser, cls, preset={}):
     """The fields of a dataclass as flags; where a preset changes a default, the help says so."""
     for f in fields(cls):
-        if f.metadata.get("flag", True):
-            default = preset.get(f.name, f.default)
-            flag, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (default: {default})".replace("%", "%%")
-            if f.type is bool:
-                parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
-            elif "nargs" in f.metadata:
-                parser.add_argument(flag, nargs=f.metadata["nargs"], default=argparse.SUPPRESS, help=text, metavar="FILE")
-            else:
-                kind = number if f.type == float | None else f.type
-                parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text, metavar=kind.__name__)
-
-
-def number(text):
-    return None if text == "none" else float(text)
+        if (flag := f.metadata["flag"]) is not None:
+            text = f"{f.metadata['help']} (default: {preset.get(f.name, f.default)})".replace("%", "%%")
+            how = flag or {"type": f.type, "metavar": f.type.__name__}
+            parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how)
 
 
 def given(args, cls):
     """The fields of cls that the command line names."""
-    return {f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name) and f.metadata.get("flag", True)}
+    return {f.name: getattr(args, f.name) for f in fields(cls) if f.metadata["flag"] is not None and f.name in args}
 
 
 class Parser(argparse.ArgumentParser):
@@ -103,17 +93,23 @@ class Parser(argparse.ArgumentParser):
             self.error(str(error))
 
 
-def one_line(error):
-    return " ".join(str(error).split())[:200]
+@contextmanager
+def reading(path, wrong="is damaged"):
+    """Whatever goes wrong in the block, as a hostile file may have it, is a ValueError that names the file, in one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} {wrong}: {reason or type(error).__name__}") from None
 
 
 def write(path, content):
-    """Writes text or bytes so that the file appears whole or not at all; until then the old one stays."""
+    """Writes text, bytes or an array so that the file appears whole or not at all; until then the old one stays."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.unlink(missing_ok=True)  # whatever it is: nothing is written through a link
         with open(temporary, "xb") as file:
-            file.write(content if isinstance(content, bytes) else content.encode())
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -137,7 +133,7 @@ def write_tensors(path, data):
 
 def read_tensors(path):
     """A file of tensors; one that is damaged, or that would run code, is a ValueError. They stay on the disk until used."""
-    try:
+    with reading(path, "is damaged, or no file of tensors, and was not loaded"):
         with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size or archive.testzip():
@@ -146,8 +142,6 @@ def read_tensors(path):
         if not isinstance(data, dict):
             raise ValueError("no dict")
         return data
-    except Exception as error:  # whatever the zip reader and the unpickler raise
-        raise ValueError(f"{path} is damaged, or no file of tensors, and was not loaded ({type(error).__name__})") from None
 
 
 def check_tensors(tensors, expected):
@@ -166,10 +160,8 @@ def check_tensors(tensors, expected):
 
 def read_json(path, build):
     """build(data) of a JSON file; anything wrong with it is a ValueError that names the file."""
-    try:
+    with reading(path):
         return build(json.loads(path.read_text()))
-    except Exception as error:  # whatever a hostile file leads to
-        raise ValueError(f"{path} is damaged: {one_line(error)}") from None
 
 
 def figures(data):
@@ -225,9 +217,9 @@ def make_run(folder, config, data, resume=False):
         (folder / name).unlink(missing_ok=True)
     if not resume:
         write(folder / "config.json", json.dumps({"version": VERSION, **asdict(config)}, indent=1))
-    data.settle(folder, make=True)
     if not (folder / data.file).exists():
-        write(folder / data.file, json.dumps(data.to_json()))
+        for name, content in data.files().items():
+            write(folder / name, content)
 
 
 def read_data(folder):
@@ -268,7 +260,7 @@ class Run:
 def load_model(config, path, device):
     """The model in a file, in evaluation mode; ValueError if it is not one of this config."""
     state = read_tensors(path)
-    try:
+    with reading(path, "does not hold the model of config.json"):
         if config.n_layer > len(state):
             raise ValueError(f"it has {len(state)} tensors, for {config.n_layer} layers")
         with torch.device("meta"):  # without memory, until it is known to be no more than the file's
@@ -276,8 +268,6 @@ def load_model(config, path, device):
         if (wanted := sum(tensor.nbytes for tensor in expected.values())) > (size := path.stat().st_size):
             raise ValueError(f"it has {size} bytes, of {wanted}")
         check_tensors(state, expected)
-    except Exception as error:  # whatever a hostile file leads to
-        raise ValueError(f"{path} does not hold the model of config.json: {one_line(error)}") from None
     model = GPT(config)
     model.load_state_dict(state)
     return model.to(device).eval()
@@ -310,9 +300,7 @@ def latest_run():
 def read_metrics(folder, up_to=math.inf):
     """The lines of metrics.jsonl, one an evaluation, up to a step; half a line at the end does not count."""
     path = folder / "metrics.jsonl"
-    try:
+    with reading(path):
         lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
         metrics = [figures(json.loads(line)) for line in lines if line.endswith("\n")]
         return [line for line in metrics if line["step"] <= up_to]
-    except Exception as error:
-        raise ValueError(f"{path} is damaged: {one_line(error)}") from None

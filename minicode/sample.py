@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from minicode.control import GENERATED, Code, block, chosen, force, random_codes
-from minicode.fsm import FSM
 from minicode.run import Parser, latest_run, load_run
 from minicode.topics import expand
 
@@ -52,24 +51,11 @@ def main(argv=None):
     print(json.dumps(result) if args.json else text)
 
 
-def new_tokens(run, prompt, wanted, default):
-    """How many tokens to sample after a prompt (1, T)."""
-    room = run.config.block_size + 1 - prompt.shape[1]  # the last token is not run through the model
-    if room < (wanted or 1):
-        size = f"a prompt of {prompt.shape[1]} tokens leaves room for {max(0, room)} more"
-        raise ValueError(f"{size} in the block of {run.config.block_size}, not for {wanted or 1}")
-    return wanted or min(default, room)
-
-
 def sample(run, args):
     """Samples, with codes forced and blocked."""
     forced = [code for text in args.force_code for code in expand(run, text)]
     prompt = run.data.prompt(args.prompt or "")
-    n_new = new_tokens(run, prompt, args.max_new_tokens, run.data.sample_length)
-    for text in forced + args.block_code:
-        position = Code.parse(text, run.model).position
-        if position is not None and position >= prompt.shape[1] + n_new - 1:
-            raise ValueError(f"{text}: this sample runs the positions 0 to {prompt.shape[1] + n_new - 2}")
+    n_new = args.max_new_tokens or max(1, min(run.data.sample_length, run.config.block_size + 1 - prompt.shape[1]))
 
     def generate(codes, blocked):
         generator, many = torch.Generator().manual_seed(args.seed), prompt.repeat(args.num_samples, 1)
@@ -83,12 +69,12 @@ def sample(run, args):
 
 def demonstrate(run, args):
     """Forces the codes of a state b in a run that is in a state a: what comes next follows b."""
-    if not isinstance(run.data, FSM):
+    if not run.fsm:
         raise ValueError("a bare --force-code is the demonstration on TokFSM; on text: --force-code topic:NAME, or word:WORD")
     fsm, model, rng = run.fsm, run.model, np.random.default_rng(args.seed)
     sites = run.sites()
     prompt = fsm.prompt((args.prompt or "").strip() or fsm.name(rng.integers(fsm.n_states)))
-    n_new = max(fsm.digits, new_tokens(run, prompt, args.max_new_tokens, 6 * fsm.digits))
+    n_new = max(fsm.digits, args.max_new_tokens or min(6 * fsm.digits, run.config.block_size + 1 - prompt.shape[1]))
     a = fsm.decode(prompt[0, 1:].numpy())[-1]
     shared = (fsm.transition_matrix[a] > 0) @ (fsm.transition_matrix > 0).T  # successors in common with a
     b = rng.choice(np.flatnonzero(shared == shared.min()))

@@ -8,8 +8,8 @@ does not hold. So nothing is lost: decode(encode(s)) == s. Between two documents
 
 import codecs
 import hashlib
+import json
 import math
-import os
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -24,12 +24,17 @@ from minicode.model import option
 from minicode.stories import stories
 
 PIECES = re.compile(r" ?\w+| ?[^\w\s]|\s+")  # every character is in one of them
-BLANK = re.compile(rb"\r?\n\r?\n")
 SEPARATOR = 256  # between documents, and before the first; below it are the bytes, above it the pieces
-CHUNK = 1 << 20  # bytes of a file that are read at a time
 LONGEST = 1 << 12  # bytes of a document; what is longer is cut at the end of a line or of a word
 N_WORDS = 200  # frequent words that codes may stand for
 HELD_OUT = 10  # one in so many: stories with a number that it divides, or the last part of the user's text
+DOCUMENT = rb"""
+    ( .{0,LONGEST}? (?= \r?\n\r?\n | \Z)  # up to a blank line, or to the end of the file;
+    | .{1,LONGEST} (?= \n)                 # if that is too far, up to the end of a line,
+    | .{1,LONGEST} (?= [ ])                # or of a word,
+    | .{1,LONGEST} (?! [\x80-\xbf])        # or of a character
+    | .{1,LONGEST} )                       # (what is no UTF-8 has none)
+    (?: \r?\n\r?\n )?"""
 
 
 class Tokenizer:
@@ -74,7 +79,7 @@ def list_files(paths):
             raise ValueError(f"there is no file or folder {path}")
         inside = [p for p in path.rglob("*") if p.is_file() and "/." not in f"/{p.relative_to(path).as_posix()}"]
         files += sorted(inside) if path.is_dir() else [path]
-    if not any(path.stat().st_size for path in files):
+    if not (files := [path for path in files if path.stat().st_size]):
         raise ValueError(f"{' '.join(map(str, paths))}: there is no text, not a byte")
     return files
 
@@ -82,31 +87,11 @@ def list_files(paths):
 def split_file(path):
     """(offset, bytes) of each document of a file: what stands between blank lines, or, where that is too long, a part.
 
-    The file is read CHUNK bytes at a time. A part ends before a line's end, before a space, or between two characters.
+    A part ends before a line's end, before a space, or between two characters. The file is mapped, and not read as a whole.
     """
-    buffer, start, offset, more = b"", 0, 0, True
-    with open(path, "rb") as file:
-        while more:
-            new = file.read(CHUNK)
-            buffer, offset, start, more = buffer[start:] + new, offset + start, 0, bool(new)
-            while start < len(buffer) - (LONGEST + 4 if more else 0):  # so that where it is cut does not depend on CHUNK
-                match = BLANK.search(buffer, start, start + LONGEST + 4)
-                end, after = match.span() if match else [cut(buffer, start)] * 2
-                yield offset + start, buffer[start:end]
-                start = after
-
-
-def cut(buffer, start):
-    """Where to cut a document that starts there and has no blank line in reach."""
-    limit = start + LONGEST
-    if len(buffer) <= limit:
-        return len(buffer)
-    for mark in (b"\n", b" "):
-        if (end := buffer.rfind(mark, start + 1, limit)) > 0:
-            return end
-    while limit > start + 1 and buffer[limit] & 0xC0 == 0x80:  # in the midst of a character
-        limit -= 1
-    return limit
+    document = re.compile(DOCUMENT.replace(b"LONGEST", b"%d" % LONGEST), re.DOTALL | re.VERBOSE)
+    for match in document.finditer(np.memmap(path, mode="r")):
+        yield match.start(), match[1]
 
 
 def decode_utf8(path, offset, content):
@@ -130,13 +115,14 @@ class Text:
     sample_length: ClassVar = 100
     group: ClassVar = 0  # tokens that make one word; 0: each token has its own spaces
     between: ClassVar = "\n\n---\n\n"  # samples
-    demonstration: ClassVar = ""
-    data: list | None = option(None, "files or folders of UTF-8 text; without: stories, made on the spot", nargs="+")
+    data: list | None = option(
+        None, "files or folders of UTF-8 text; without: stories, made on the spot", {"nargs": "+", "metavar": "FILE"}
+    )
     vocab: int = option(2048, "tokens in the vocabulary, at most: 257, and the most frequent words")
-    pieces: list | None = option(None, "those words", flag=False)
-    fingerprint: str = option("", "hash of the text, or of the grammar of the stories", flag=False)
-    n_tokens: list | None = option(None, "tokens to train on, and held out", flag=False)
-    loss_unigram: float = option(0.0, "loss on held-out text when only each token's frequency is known", flag=False)
+    pieces: list | None = option(None, "those words", flag=None)
+    fingerprint: str = option("", "hash of the text, or of the grammar of the stories", flag=None)
+    n_tokens: list | None = option(None, "tokens to train on, and held out", flag=None)
+    loss_unigram: float = option(0.0, "loss on held-out text when only each token's frequency is known", flag=None)
 
     def __post_init__(self):
         if self.vocab <= SEPARATOR:
@@ -190,36 +176,37 @@ class Text:
                 yield " ".join(sentence for sentence, _ in stories().story(number)), number % HELD_OUT == 0
             return
         paths = list_files(self.data)
-        total, done, seen = sum(path.stat().st_size for path in paths), 0, set()
+        total, before, seen = sum(path.stat().st_size for path in paths), 0, set()
         with tqdm(total=total, unit="B", unit_scale=True, desc="reading", leave=False, disable=None) as bar:
             for path in paths:
-                before = done
                 for offset, content in split_file(path):
-                    bar.update(before + offset - bar.n)
-                    done, text = before + offset + len(content), decode_utf8(path, offset, content)
-                    held_out, known = done > total * (1 - 1 / HELD_OUT), hash(content.strip())
+                    text, end = decode_utf8(path, offset, content), before + offset + len(content)
+                    bar.update(end - bar.n)
+                    held_out, known = end > total * (1 - 1 / HELD_OUT), hash(content.strip())
                     if not held_out:
                         seen.add(known)
                     if text.strip() and not (held_out and known in seen):
                         yield text, held_out
-                done = before + path.stat().st_size
+                before += path.stat().st_size
 
-    def settle(self, folder, make=False):
-        """Finds the tokens of the user's text in a run's folder, memory-mapped; with `make`, puts them there first."""
+    dtype = property(lambda self: np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<i4"))  # of the tokens in their file
+
+    def files(self):
+        """What a run's folder keeps of the data, by file: the tokens of the user's own text, and all else as JSON."""
+        files = {self.file: json.dumps(asdict(self))}
+        if self.data:
+            tokens = (token for text, _ in self._documents() for token in (*self.tokenizer.encode(text), SEPARATOR))
+            files = {self.tokens_file: np.fromiter(tokens, self.dtype), **files}
+        return files
+
+    def settle(self, folder):
+        """Finds the tokens of the user's own text in a run's folder, memory-mapped."""
         if self.data is None:
             return
-        path, dtype = folder / self.tokens_file, np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<i4")
-        if make and not path.exists():
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.unlink(missing_ok=True)
-            with open(temporary, "xb") as file:
-                for text, _ in self._documents():
-                    np.array([*self.tokenizer.encode(text), SEPARATOR], dtype).tofile(file)
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        if not path.is_file() or path.stat().st_size != sum(self.n_tokens) * dtype.itemsize:
+        path = folder / self.tokens_file
+        if not path.is_file() or path.stat().st_size != sum(self.n_tokens) * self.dtype.itemsize:
             raise ValueError(f"{path} is damaged: it does not hold the {sum(self.n_tokens)} tokens of {folder / self.file}")
-        tokens = np.memmap(path, dtype, mode="r")
+        tokens = np.memmap(path, self.dtype, mode="r")
         if tokens.min() < 0 or tokens.max() >= self.vocab_size:
             raise ValueError(f"{path} is damaged: there are tokens in it beyond the vocabulary of {self.vocab_size}")
         self.parts = tokens[: self.n_tokens[0]], tokens[self.n_tokens[0] :]
@@ -287,23 +274,15 @@ class Text:
     def measures(self, model, seed, tokens, loss):
         """What the loss on sequences (n, T) means in other units; every byte of the text is counted, once."""
         targets = tokens[:, 1:]
-        n_bytes = self.tokenizer.sizes[targets].sum()
-        return {"perplexity": math.exp(loss), "bits_per_byte": float(loss / math.log(2) * targets.size / n_bytes)}
-
-    def references(self, length):
-        """Figures to hold a model's against."""
-        return {"loss_unigram": self.loss_unigram}
-
-    def to_json(self):
-        return asdict(self)
+        bits = float(loss / math.log(2) * targets.size / self.tokenizer.sizes[targets].sum())
+        return {"perplexity": math.exp(loss), "bits_per_byte": bits, "loss_unigram": self.loss_unigram}
 
     @classmethod
     def from_json(cls, data):
-        """The text that to_json described. Every value is checked: the user's files are not looked for again."""
-        strings = [data["fingerprint"], *data["pieces"], *(data["data"] or [])]
-        numbers = [data["vocab"], *(data["n_tokens"])]
-        if not all(type(s) is str for s in strings) or not all(type(n) is int and n >= 0 for n in numbers) or len(numbers) != 3:
-            raise ValueError("its words must be strings, and its numbers whole")
-        if len(set(data["pieces"])) != len(data["pieces"]) or not math.isfinite(data["loss_unigram"]):
-            raise ValueError("its words must be different, and its loss a number")
+        """The text of `files`. Every value is checked: the user's files are not looked for again."""
+        words, numbers = data["pieces"], [data["vocab"], *data["n_tokens"]]
+        strings = all(type(s) is str for s in (data["fingerprint"], *words, *(data["data"] or [])))
+        whole = len(numbers) == 3 and all(type(n) is int and n >= 0 for n in numbers)
+        if not strings or not whole or len(set(words)) != len(words) or not math.isfinite(data["loss_unigram"]):
+            raise ValueError("its words must be different strings, and its numbers finite, and whole but for the loss")
         return cls(**data)

@@ -113,11 +113,11 @@ def steering_table(run, recording, labels, names, n_samples=10, max_new_tokens=1
     left_alone, perplexity_free = sample([])
     for name in tqdm(names, desc="steering", leave=False, disable=None):
         own = [Code.parse(code, run.model) for code in codes[name]]
-        others = {}  # as many of each head, but none of these
+        others = []  # as many of each head, but none of these
         for code in own:
-            free = [replace(code, id=i) for i in range(run.model.codebooks()[code.site].n_codes)]
-            free = [other for other in free if other not in own and other not in others]
-            others[free[rng.integers(len(free))]] = None
+            every = [replace(code, id=i) for i in range(run.model.codebooks()[code.site].n_codes)]
+            free = [other for other in every if other not in own + others]
+            others.append(free[rng.integers(len(free))])
         (after, perplexity), (random, _) = sample(codes[name]), sample(list(map(str, others)))
         samples = {"before": left_alone, "after": after, "random": random}
         shares = {when: float(np.mean([run.data.mentions(name, text) for text in some])) for when, some in samples.items()}

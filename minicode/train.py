@@ -25,7 +25,7 @@ from minicode.control import record
 from minicode.fsm import FSM
 from minicode.model import GPT, evaluating
 from minicode.run import (
-    Parser, TrainConfig, add_flags, check_run, check_tensors, given, load_run, make_run, one_line, read_metrics, read_tensors,
+    Parser, TrainConfig, add_flags, check_run, check_tensors, given, load_run, make_run, read_metrics, read_tensors, reading,
     write, write_tensors,
 )  # fmt: skip
 from minicode.text import Text
@@ -182,7 +182,7 @@ def open_session(config, data, folder, resume=False, overwrite=False):
         try:
             model = GPT(config).to(device)
         except RuntimeError as error:
-            raise ValueError(f"there is no room for this model: {one_line(error)}") from None
+            raise ValueError(f"there is no room for this model: {error}") from None
         model.use_codebooks(config.dense_steps == 0)
         session = Session(config, data, folder, model, make_optimizer(model, config), [])
         if resume and (folder / "train_state.pt").is_file():
@@ -196,7 +196,7 @@ def load_checkpoint(session):
     """Puts a session where its folder's checkpoint was taken; ValueError if that is damaged, or another run's."""
     path, model, config = session.folder / "train_state.pt", session.model, session.config
     state = read_tensors(path)
-    try:
+    with reading(path, "is not a checkpoint of this run"):
         check_tensors(state["model"], model.state_dict())
         parameters, moments = dict(enumerate(p for group in session.optimizer.param_groups for p in group["params"])), {}
         for i, found in state["optimizer"].items():
@@ -207,8 +207,6 @@ def load_checkpoint(session):
             raise ValueError(f"step {session.step}, after {session.seconds} seconds")
         model.load_state_dict(state["model"])
         session.optimizer.load_state_dict({**session.optimizer.state_dict(), "state": moments})
-    except Exception as error:  # whatever a hostile file leads to
-        raise ValueError(f"{path} is not a checkpoint of this run: {one_line(error)}") from None
     session.metrics = lines = read_metrics(session.folder, session.step)
     due = [n for n in range(1, session.step + 1) if evaluation_is_due(config, n)]
     if [line["step"] for line in lines] != due or not all({"loss", "accuracy"} <= line.keys() for line in lines):
@@ -283,15 +281,15 @@ def describe(line):
 def summarise(session):
     """Writes summary.json: the final figures, and those of the dense model before the codebooks came in."""
     dense = [line for line in session.metrics if "dead_code_fraction" not in line and session.config.sites()]
-    more = session.data.references(session.config.block_size)
-    summary = {**session.metrics[-1], **more, "seconds": round(session.seconds, 1), "dense": dense[-1] if dense else None}
+    summary = {**session.metrics[-1], "seconds": round(session.seconds, 1), "dense": dense[-1] if dense else None}
     write(session.folder / "summary.json", json.dumps(summary, indent=1))
     return summary
 
 
-def table(columns, names):
-    """The figures of these names in columns, {title: figures}, for people."""
-    width = max(map(len, names)) + 1
+def table(summary, others, names):
+    """A run's figures of these names for people, beside those of its dense model and of others, {title: figures}."""
+    dense, width = summary["dense"], max(map(len, names)) + 1
+    columns = {"this run": summary, **({f"dense, step {dense['step']}": dense} if dense else {}), **others}
     lines = [" " * width + "".join(f"   {title}" for title in columns)]
     for name in names:
         cells = (f"{row[name]:.4f}" if name in row else "-" for row in columns.values())
@@ -302,10 +300,11 @@ def table(columns, names):
 def report(run, compared):
     """What people are told at the end: the table of figures, and a sample."""
     data, summary, generator = run.data, run.summary, torch.Generator().manual_seed(run.config.seed)
+    demonstration = " --force-code" if run.fsm else ""
     tokens = run.model.generate(data.prompt(""), min(data.sample_length, run.config.block_size), generator=generator)
     return (
         f"{compared}\n{summary['tokens'] / 1e6:.1f} M tokens in {summary['seconds']:.0f} s\n"
-        f"a sample: {data.show(tokens[0].numpy())}\nnext:     python -m minicode.sample --run {run.folder}{data.demonstration}"
+        f"a sample: {data.show(tokens[0].numpy())}\nnext:     python -m minicode.sample --run {run.folder}{demonstration}"
     )
 
 

@@ -24,10 +24,7 @@ def main(argv=None):
 
 def compare(summary):
     """A run's figures beside the loss floor, the released model, and its dense model."""
-    columns = {"this run": summary, "loss floor": {"loss": summary["loss_floor"]}, "released, 2.6 B tokens": RELEASED}
-    if summary["dense"]:
-        columns[f"dense, step {summary['dense']['step']}"] = summary["dense"]
-    return table(columns, RELEASED)
+    return table(summary, {"loss floor": {"loss": summary["loss_floor"]}, "released, 2.6 B tokens": RELEASED}, RELEASED)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,10 @@ def main(argv=None):
 def compare(summary):
     """A run's figures beside those of its dense model, and of a model that knows each token's frequency alone."""
     unigram, dense = summary["loss_unigram"], summary["dense"]
-    columns = {"this run": summary, "unigram": {"loss": unigram}}
     if dense:
-        kept = (unigram - summary["loss"]) / (unigram - dense["loss"])  # of what the dense model gains over the unigram's
-        columns = {"this run": {**summary, "gain_kept": kept}, f"dense, step {dense['step']}": dense, "unigram": {"loss": unigram}}
-    return table(columns, ROWS)
+        gain_kept = (unigram - summary["loss"]) / (unigram - dense["loss"])  # of the dense model's gain over the unigram's
+        summary = {**summary, "gain_kept": gain_kept}
+    return table(summary, {"unigram": {"loss": unigram}}, ROWS)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def test_precision_recall_and_f1_by_hand():
     assert found.precision[0].tolist() == [3 / 4, 1 / 4] and found.recall[0].tolist() == [1, 1 / 3]
     assert found.precision[1].tolist() == [0, 2 / 3] and found.recall[1].tolist() == [0, 2 / 3]
     assert found.f1[0, 0] == pytest.approx(6 / 7) and found.f1[1, 1] == pytest.approx(2 / 3)
-    assert found.best() == [(0, 0), (1, 1)] and found.total.tolist() == [3, 3] and recording.count.tolist() == [4, 3, 1, 0]
+    assert found.f1.argmax(0).tolist() == [0, 1] and found.total.tolist() == [3, 3] and recording.count.tolist() == [4, 3, 1, 0]
     best = best_labels(recording, {"letter": (labels, ["a", "b"])})
     assert [row and row[:2] for row in best] == [("letter", "a"), ("letter", "b"), None, None]
 
@@ -125,7 +125,7 @@ def test_forced_distributions_against_force(fsm):
     model, tokens = make_model("head,mlp", k=2), make_tokens(fsm, n=20)
     recording = record_codes(model, tokens.numpy())
     numbers = [int(n) for n in np.flatnonzero(recording.count)[::7]]
-    found, free = forced_distributions(recording, numbers, n_contexts=4, batch=3)
+    found, free = forced_distributions(recording, numbers, n_contexts=4)
     assert found.keys() == set(numbers)
     for number in numbers:
         positions = np.flatnonzero((recording.fired == number).any(1)) % 8

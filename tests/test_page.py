@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from minicode.figures import bars, lines, scatter, ticks
-from minicode.report import write_report
+from minicode.interpret import write_report
 
 SVG = "{http://www.w3.org/2000/svg}"
 NAN = float("nan")
@@ -93,13 +93,13 @@ def test_scatter_has_a_dot_a_point_and_larger_ones_with_labels():
 
 INF = float("inf")
 CHARTS = {
-    "nothing": [bars([], [], []), lines({}), scatter([]), bars([], [], [], horizontal=True, reference=(0.1, "chance"))],
+    "nothing": [bars([], [], []), lines({}), scatter([]), bars([], [], [], horizontal=True), lines({}, reference=(0.1, "chance"))],
     "missing": [bars(["a"], ["b"], [[NAN]], [[NAN]]), lines({"a": ([0, NAN], [NAN, None])}), scatter([(NAN, 1), (2, INF)])],
     "one value": [bars(["a"], ["b"], [[-3]]), bars(["a"], ["b"], [[0]]), lines({"a": ([5], [5])}), scatter([(1e-9, 0)])],
     "large": [scatter([(i / 7, i / 3) for i in range(3000)]), lines({"a": (range(3000), range(3000))})],
     "hostile": [
-        bars(["<i>"], ["&amp;", '"'], [[1], [2]], title="<script>&\"'", x="<b>", reference=(1, "<u>")),
-        lines({"<i>": ([0], [1]), "&": ([0], [1])}, title="<script>&\"'", y="<b>"),
+        bars(["<i>"], ["&amp;", '"'], [[1], [2]], title="<script>&\"'", x="<b>"),
+        lines({"<i>": ([0], [1]), "&": ([0], [1])}, title="<script>&\"'", y="<b>", reference=(1, "<u>")),
         scatter([(0, 1)], labels=["<i>"], title="<script>&\"'", x="<b>", y="]]>"),
     ],
 }

@@ -82,7 +82,7 @@ def test_newest_run_is_the_default(tmp_path, monkeypatch, capsys):
         (["--force-code", "mlp.1.32"], "mlp.1 has no code 32; its codes are 0 to 31"),
         (["--force-code", "attn.1.3"], "this model has no codebook at attn.1; it has them at head.0, mlp.0"),
         (["--force-code", "mlp-1-3"], "as in mlp.1.527@4"),
-        (["--block-code", "mlp.1.3@11", "--max-new-tokens", "4"], "this sample runs the positions 0 to 3"),
+        (["--block-code", "mlp.1.3@11", "--max-new-tokens", "4"], "mlp.1.3@11 had no effect: no input was that long"),
         (["--force-code", "mlp.1.3", "--force-code", "mlp.1.4"], "mlp.1.4: at most 1 codes can be forced at a site"),
         (["--force-code", "mlp.1.3", "--force-code"], "goes with no other code"),
         (["--prompt", "4x"], "write states as digits"),
