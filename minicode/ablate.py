@@ -46,11 +46,6 @@ def start_at_random(self, inputs, generator=None):
         self.codes.copy_(inputs[chosen].view(-1, self.groups, self.dim).transpose(0, 1) / self.k)
 
 
-def normalised(self, x, forward=Codebook.forward):
-    """forward with a LayerNorm, without gain and bias, in front of the codebook: its output has another scale."""
-    return forward(self, F.layer_norm(x.unflatten(-1, (self.groups, self.dim)), (self.dim,)).flatten(-2) if self.enabled else x)
-
-
 IDEAS = {  # name: flags, or what is replaced
     "the default": "",
     "similarity cosine": "--similarity cosine",
@@ -59,7 +54,7 @@ IDEAS = {  # name: flags, or what is replaced
     "random inputs, not k-means": {"start": start_at_random},
     "no straight-through": {"pass_on": cut_off},
     "rotation trick": {"pass_on": rotation},
-    "LayerNorm in front": {"forward": normalised},
+    "LayerNorm in front": "--layer-norm",
     "no commitment": "--commitment 0",
     "no revival": "--revive-every 0",
     "revival from the start": "--revive-after 0",

@@ -23,6 +23,7 @@ class Codebook(nn.Module):
     similarity    "cosine" as in the paper, "distance" (nearest code) or "dot"
     decay         None: codes learn by gradient, of the language-model loss through q and of `autoencoding`; a
                   number: `update()` makes them moving averages, with this decay, of what is assigned to them
+    layer_norm    activations are first brought to mean 0 and variance 1, as in the paper's released code
     After a forward pass:
     ids           (..., G, k), best first
     autoencoding  in training, mean |q - stop_gradient(a)|² per element (section 2.2): pulls codes to activations
@@ -30,12 +31,12 @@ class Codebook(nn.Module):
     The training loop adds these two to its loss; nothing is added to a gradient behind its back.
     """
 
-    def __init__(self, n_codes, dim, k=1, groups=1, similarity="cosine", decay=None):
+    def __init__(self, n_codes, dim, k=1, groups=1, similarity="cosine", decay=None, layer_norm=False):
         super().__init__()
         if not 1 <= k <= n_codes:
             raise ValueError(f"k must be from 1 to the {n_codes} codes of the codebook, not {k}")
         self.n_codes, self.dim, self.k, self.groups = n_codes, dim, k, groups
-        self.similarity, self.decay = similarity, decay
+        self.similarity, self.decay, self.layer_norm = similarity, decay, layer_norm
         self.enabled = True
         self.control = None  # minicode.control puts itself here, to force and block codes
         self.ids = self.autoencoding = self.commitment = None
@@ -52,7 +53,7 @@ class Codebook(nn.Module):
         if not self.enabled:
             return x
         with torch.autocast(x.device.type, enabled=False):
-            a = x.float().unflatten(-1, (self.groups, self.dim))  # (..., G, d)
+            a = self.activations(x)  # (..., G, d)
             search = self.control or self.search
             self.ids = search(a.detach())  # (..., G, k)
             q, rows = self.sum_codes(self.ids)  # (..., G, d)
@@ -61,6 +62,11 @@ class Codebook(nn.Module):
                 self.commitment = F.mse_loss(a, q.detach())
                 self._count(rows, a.detach(), q.detach())
             return self.pass_on(a, q).flatten(-2).to(x.dtype)
+
+    def activations(self, x):
+        """What is searched for: x (..., groups * dim) as (..., G, d)."""
+        a = x.float().unflatten(-1, (self.groups, self.dim))
+        return F.layer_norm(a, (self.dim,)) if self.layer_norm else a
 
     def pass_on(self, a, q):
         """The straight-through estimator: q going forward, a's gradient coming back."""
@@ -135,7 +141,7 @@ class Codebook(nn.Module):
 
         For k > 1 they are a k-th of the clusters' means, and then refined, since sums of means are blurred.
         """
-        a = inputs.float().view(-1, self.groups, self.dim).transpose(0, 1).contiguous()  # (G, N, d)
+        a = self.activations(inputs).transpose(0, 1).contiguous()  # (G, N, d)
         if a.shape[1] < self.n_codes:
             raise ValueError(f"{self.n_codes} codes need as many inputs to start from, not {a.shape[1]}")
         self.codes.copy_(self._seeds(a, self.n_codes, None, generator))

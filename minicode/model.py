@@ -49,6 +49,7 @@ class GPTConfig:
         None, "codes are moving averages with this decay a step, such as 0.98; none: learnt by gradient",
         {"type": number, "metavar": "number"}, least=0, below=1,
     )  # fmt: skip
+    layer_norm: bool = option(False, "a LayerNorm before each codebook: helps random codes, costs codes from k-means 3 points")
 
     def sites(self):
         """The sites that have codebooks, in the order of SITES."""
@@ -80,7 +81,7 @@ def site(config, name, dim, groups=1):
     if name not in config.sites():
         return nn.Identity()
     n_codes = config.n_codes_head if name == "head" else config.n_codes
-    return Codebook(n_codes, dim // groups, config.k, groups, config.similarity, config.decay)
+    return Codebook(n_codes, dim // groups, config.k, groups, config.similarity, config.decay, config.layer_norm)
 
 
 class CausalSelfAttention(nn.Module):

@@ -23,7 +23,7 @@ from minicode.fsm import FSM
 from minicode.model import GPT, GPTConfig, option
 from minicode.text import Text
 
-VERSION = 2  # of the files in a run's folder
+VERSION = 3  # of the files in a run's folder
 KINDS = (FSM, Text)  # of data that a run may be about; each has a file of its own
 MADE_LATER = ("interpret.json", "report.html", "codes.npy", "tokens.npy", "steering.json")  # by minicode.interpret
 FILES = (
@@ -48,7 +48,7 @@ class TrainConfig(GPTConfig):
     revive_after: float = option(0.7, "share of the steps with codebooks before the first revival", least=0)
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
     dtype: str = option("float32", "float32, or bfloat16 (but for the search)", choices=("float32", "bfloat16"))
-    compile: bool = option(False, "compile the model with torch.compile", flag={"action": "store_true"})
+    compile: bool = option(False, "compile the model with torch.compile")
     eval_every: int = option(400, "steps between evaluations", least=1)
     checkpoint_every: int = option(1000, "steps between checkpoints", least=1)
 
@@ -63,7 +63,8 @@ def add_flags(parser, cls, preset={}):
     for f in fields(cls):
         if (flag := f.metadata["flag"]) is not None:
             text = f"{f.metadata['help']} (default: {preset.get(f.name, f.default)})".replace("%", "%%")
-            how = flag or {"type": f.type, "metavar": f.type.__name__}
+            on_or_off = {"action": argparse.BooleanOptionalAction} if f.type is bool else {}
+            how = flag or on_or_off or {"type": f.type, "metavar": f.type.__name__}
             parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how)
 
 

@@ -36,7 +36,7 @@ def test_table_is_made_once(tmp_path, monkeypatch, capsys):
     flags = ["--out", str(tmp_path), "--seeds", "1", "--steps", "2", "LayerNorm in front"]
     main(flags)
     table = capsys.readouterr().out.splitlines()[-1:]
-    assert table[0].startswith("| LayerNorm in front | 2.")
+    assert table[0].startswith("| LayerNorm in front `--layer-norm` | 2.")
     figures = json.loads((tmp_path / "LayerNorm-in-front-0" / "ablation.json").read_text())
     assert 0 <= figures["control_mlp"] <= 1 and figures["step"] == 2
     monkeypatch.setattr(ablate, "train_fsm", lambda argv: pytest.fail("trained again"))

@@ -17,10 +17,10 @@ def plain(a, codes, k, similarity):
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "distance"])
-@pytest.mark.parametrize("k, groups", [(1, 1), (1, 4), (3, 1), (3, 4)])
-def test_output_losses_and_gradients_equal_autograd_of_the_plain_formula(k, groups, similarity):
+@pytest.mark.parametrize("k, groups, layer_norm", [(1, 1, False), (1, 4, False), (3, 1, False), (3, 4, False), (3, 2, True)])
+def test_output_losses_and_gradients_equal_autograd_of_the_plain_formula(k, groups, layer_norm, similarity):
     torch.manual_seed(0)
-    book = Codebook(11, 6, k, groups, similarity)
+    book = Codebook(11, 6, k, groups, similarity, layer_norm=layer_norm)
     x = torch.randn(5, 7, groups * 6, requires_grad=True)
     weight = torch.randn(5, 7, groups * 6)
     out = book(x)
@@ -28,6 +28,8 @@ def test_output_losses_and_gradients_equal_autograd_of_the_plain_formula(k, grou
     got = torch.autograd.grad(loss, (x, book.codes))
 
     a = x.view(35, groups, 6)
+    if layer_norm:
+        a = (a - a.mean(-1, keepdim=True)) / (a.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
     q, plain_out = plain(a, book.codes, k, similarity)
     torch.testing.assert_close(out.view(35, groups, 6), plain_out)
     torch.testing.assert_close(book.autoencoding, F.mse_loss(q, a))
