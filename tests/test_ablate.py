@@ -32,6 +32,16 @@ def test_random_inputs_are_inputs():
     assert all((x.view(50, 2, 4)[:, group] == code).all(1).any() for group in range(2) for code in book.codes[group])
 
 
+def test_k_falls_from_4_to_1_while_it_is_trained():
+    book, x = Codebook(6, 4, similarity="distance"), torch.randn(50, 4)
+    ablate.start_with_four(book, x)
+    assert (ablate.one_less(book, x) == book.sum_codes(book.ids)[0].flatten(-2)).all() and book.ids.shape == (50, 1, 4)
+    book.batches = 598
+    ks = [ablate.one_less(book, x) is not None and book.k for _ in range(3)]
+    ablate.one_less(book.eval(), x)
+    assert ks == [2, 1, 1] and (book.k, book.batches) == (1, 601)
+
+
 def test_table_is_made_once(tmp_path, monkeypatch, capsys):
     flags = ["--out", str(tmp_path), "--seeds", "1", "--steps", "2", "LayerNorm in front"]
     main(flags)
