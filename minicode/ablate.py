@@ -65,6 +65,7 @@ IDEAS = {  # name: flags, or what is replaced
     "similarity cosine": "--similarity cosine",
     "moving averages": "--decay 0.98",
     "no dense phase": "--dense-share 0",
+    "no dense phase, LayerNorm": "--dense-share 0 --layer-norm",
     "random inputs, not k-means": {"start": start_at_random},
     "no straight-through": {"pass_on": cut_off},
     "rotation trick": {"pass_on": rotation},
