@@ -51,7 +51,7 @@ struct CodesInBfloat16 {  // of one group
   std::vector<Tile> packed;         // [width / 16][depth / 32], each [16][16 codes][2] as a right-hand side wants it
   std::vector<float> offset, mu, m; // (width), (depth), (depth)
   Sizes largest;
-  float largest_offset = 0;
+  float largest_offset = 0, largest_scale = 0, longest = 0;  // longest: of the codes, before they are scaled
 
   CodesInBfloat16(const Search& s, const Table& table, int64_t g, const Parallel& parallel)
       : depth((s.dim + 31) / 32 * 32), width((s.n_codes + 31) / 32 * 32), packed(width * depth / 512),
@@ -81,13 +81,17 @@ struct CodesInBfloat16 {  // of one group
       for (float Sizes::*size : {&Sizes::whole, &Sizes::exact, &Sizes::rounded, &Sizes::lost})
         largest.*size = std::max(largest.*size, sizes[c].*size);
       largest_offset = std::max({largest_offset, std::abs(offset[c]), std::abs(table.offset[g * C + c])});
+      largest_scale = std::max(largest_scale, scale[c]);
+      if (scale[c] > 0) longest = std::max(longest, sizes[c].whole / scale[c]);
     }
   }
 
   float twice_bound(const Sizes& row) const {
+    // In float32 x·c is scaled at last: it may underflow, which adds to the error, or overflow, and nothing is certain.
+    if (double(row.whole) * longest > 1e37) return inf;
     const double products = double(row.lost) * largest.exact + double(row.rounded) * largest.lost;
     const double sizes = (double(row.exact) + row.whole) * (double(largest.exact) + largest.whole) + largest_offset;
-    return float(2.001 * (products + (depth + 16) * std::ldexp(sizes, -23)) + 1e-30);
+    return float(2.001 * (products + (depth + 16) * std::ldexp(sizes, -23) + 1e-40 * largest_scale) + 1e-30);
   }
 };
 

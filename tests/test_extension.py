@@ -45,6 +45,17 @@ def test_the_coarse_pass_gives_the_answer_of_float32_throughout(kind):
             assert torch.equal(coarse[1], plain[1]) and torch.equal(coarse[0], plain[0])
 
 
+@needs_compiler
+@pytest.mark.parametrize("of_x, of_codes", [(1e10, 1e30), (1e-9, 1e-36)])
+def test_the_coarse_pass_where_products_leave_the_range_of_float32(of_x, of_codes):
+    """x·c is infinite, or all but 0, before it is divided by |c|; where it is infinity less infinity, it loses."""
+    assert extension.load()[0]
+    torch.manual_seed(0)
+    for x, codes in ((torch.rand(1, 300, 64) + 0.5, torch.rand(1, 1200, 64) + 0.5), (torch.randn(1, 300, 64), torch.randn(1, 1200, 64))):
+        coarse, plain = (torch.ops.minicode_native.topk(of_x * x, of_codes * codes, 3, 0, how) for how in (True, False))
+        assert torch.equal(coarse[1], plain[1]) and torch.equal(coarse[0], plain[0])
+
+
 @pytest.fixture(scope="session")
 def objects(tmp_path_factory):
     return tmp_path_factory.mktemp("objects")
