@@ -72,8 +72,8 @@ def _search(x: torch.Tensor, codes: torch.Tensor, k: int, similarity: str) -> tu
 @contextmanager
 def float32_throughout():
     """No matmul in TF32 or bfloat16, whatever the user allows elsewhere."""
-    kinds = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    new = hasattr(kinds[0], "fp32_precision")  # from torch 2.9 on; once these are used, the older calls raise errors
+    new = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # from torch 2.9 on; once used, the older calls raise errors
+    kinds = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if new else ()
     before = [kind.fp32_precision for kind in kinds] if new else [torch.get_float32_matmul_precision()]
 
     def allow(values):

@@ -230,6 +230,19 @@ def test_search_keeps_float32_where_matmul_may_not():
     assert torch.get_float32_matmul_precision() == "highest"
 
 
+def test_search_keeps_float32_with_a_torch_before_these_settings(monkeypatch):
+    x, codes = torch.randn(50, 8), torch.randn(30, 8)
+    wanted = topk_codes(x, codes, 5)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", object())
+    monkeypatch.delattr(type(torch.backends.mkldnn), "matmul", raising=False)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert all(torch.equal(a, b) for a, b in zip(topk_codes(x, codes, 5), wanted))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_opcheck(backend):
     for shape, k, similarity in (((2, 9, 4), 1, "cosine"), ((1, 70, 5), 3, "distance"), ((1, 0, 2), 2, "dot")):
         x, codes = torch.randn(shape), torch.randn(shape[0], 300, shape[2])
