@@ -24,14 +24,15 @@ struct Sizes {  // lengths of v = scale * v, of e = v - centre, of e rounded, of
 // `depth` floats, a multiple of 32; each 32 of the result lie `step` behind the 32 before.
 Sizes round_centred(const float* v, float scale, const float* centre, int64_t depth, uint16_t* out, int64_t step) {
   typedef uint16_t half_vector __attribute__((vector_size(W * 2), aligned(2), may_alias));
+  typedef uint32_t bits_vector __attribute__((vector_size(W * 4)));  // without a sign: those of a NaN may overflow
   vf whole = {}, exact = {}, rounded = {}, lost = {};
   for (int64_t p = 0; p < depth; p += W) {
     const vf w = load(v + p) * scale, e = w - load(centre + p);
-    vi u = (vi)e;
-    u = (u + 0x7fff + (u >> 16 & 1)) & int32_t(0xffff0000);
-    u = (u & 0x7f800000) == 0 ? vi{} : u;
+    bits_vector u = (bits_vector)e;
+    u = (u + 0x7fff + (u >> 16 & 1)) & 0xffff0000;
+    u = (u & 0x7f800000) == 0 ? bits_vector{} : u;
     const vf r = (vf)u;
-    *(half_vector*)(out + p / 32 * step + p % 32) = __builtin_convertvector(u >> 16 & 0xffff, half_vector);
+    *(half_vector*)(out + p / 32 * step + p % 32) = __builtin_convertvector(u >> 16, half_vector);
     whole += w * w, exact += e * e, rounded += r * r, lost += (e - r) * (e - r);
   }
   auto length = [](vf squares) {
