@@ -56,6 +56,21 @@ def test_the_coarse_pass_where_products_leave_the_range_of_float32(of_x, of_code
         assert torch.equal(coarse[1], plain[1]) and torch.equal(coarse[0], plain[0])
 
 
+@needs_compiler
+@pytest.mark.parametrize("value", [0, torch.nan, "the NaN of GPUs", torch.inf, 2.0**100])
+def test_the_coarse_pass_and_what_is_not_finite_or_too_large(value):
+    """Rows and a code that are not among those whose mean is subtracted, so that all other rows take the coarse pass."""
+    assert extension.load()[0]
+    torch.manual_seed(0)
+    x, codes = torch.randn(1, 1024, 64).mul(3).round(), torch.randn(1, 2048, 64).mul(3).round()
+    x[0, 1, 5], x[0, 3], x[0, 5], x[0, 7], x[0, 9] = torch.nan, torch.inf, -torch.inf, 2.0**100, 2.0**-100
+    codes[0, 7, 2] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32) if isinstance(value, str) else value
+    for similarity in range(3):
+        for k in (1, 5):
+            coarse, plain = (torch.ops.minicode_native.topk(x, codes, k, similarity, how) for how in (True, False))
+            assert torch.equal(coarse[1], plain[1]) and torch.equal(coarse[0], plain[0])
+
+
 @pytest.fixture(scope="session")
 def objects(tmp_path_factory):
     return tmp_path_factory.mktemp("objects")
