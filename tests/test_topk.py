@@ -199,6 +199,7 @@ def test_extreme_norms_still_rank():
 def test_codes_too_small_for_a_norm_score_zero():
     codes = torch.tensor([[2e-39, -1e-39], [1.0, 0.0]])
     assert topk_codes(torch.tensor([[1.0, 0.5]]), codes, 1)[1].item() == 1
+    assert topk_codes(torch.ones(1, 1), torch.full((1, 1), 1.18e-38))[0].item() == pytest.approx(1)  # just large enough
     assert topk_codes(torch.randn(3, 20).T[:, :1], torch.randn(7, 1), 2)[1].shape == (20, 2)
 
 
@@ -224,6 +225,11 @@ def test_search_keeps_float32_where_matmul_may_not():
     setting.fp32_precision = "tf32"  # from here on torch.get_float32_matmul_precision() raises an error
     try:
         assert all(torch.equal(a, b) for a, b in zip(topk_codes(x, codes, 5), outside))
+        assert setting.fp32_precision == "tf32"
+        one, other = topk.float32_throughout(), topk.float32_throughout()  # as in two threads
+        one.__enter__(), other.__enter__(), one.__exit__(None, None, None)
+        assert setting.fp32_precision == "ieee"
+        other.__exit__(None, None, None)
         assert setting.fp32_precision == "tf32"
     finally:
         setting.fp32_precision = before
