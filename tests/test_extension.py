@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,16 @@ def test_the_coarse_pass_and_what_is_not_finite_or_too_large(value):
         for k in (1, 5):
             coarse, plain = (torch.ops.minicode_native.topk(x, codes, k, similarity, how) for how in (True, False))
             assert torch.equal(coarse[1], plain[1]) and torch.equal(coarse[0], plain[0])
+
+
+@needs_compiler
+def test_the_headers_of_cuda_may_lie_among_those_of_the_system(tmp_path, monkeypatch):
+    """As Debian has them: nvcc in /usr/bin, cuda_runtime.h in /usr/include, which no compiler may be given first."""
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    (tmp_path / "some.cpp").write_text("#include <cstdlib>\n")
+    with suppress(RuntimeError):  # there may be nothing of CUDA to link
+        extension._build(tmp_path, "c++", ("/usr/bin/nvcc", "sm_80"), [tmp_path / "some.cpp"])
+    assert os.path.exists(tmp_path / "some.cpp.o")
 
 
 @pytest.fixture(scope="session")
