@@ -24,14 +24,15 @@ struct Sizes {  // lengths of v = scale * v, of e = v - centre, of e rounded, of
 // `depth` floats, a multiple of 32; each 32 of the result lie `step` behind the 32 before.
 Sizes round_centred(const float* v, float scale, const float* centre, int64_t depth, uint16_t* out, int64_t step) {
   typedef uint16_t half_vector __attribute__((vector_size(W * 2), aligned(2), may_alias));
+  typedef uint32_t bits_vector __attribute__((vector_size(W * 4)));  // without a sign: those of a NaN may overflow
   vf whole = {}, exact = {}, rounded = {}, lost = {};
   for (int64_t p = 0; p < depth; p += W) {
     const vf w = load(v + p) * scale, e = w - load(centre + p);
-    vi u = (vi)e;
-    u = (u + 0x7fff + (u >> 16 & 1)) & int32_t(0xffff0000);
-    u = (u & 0x7f800000) == 0 ? vi{} : u;
+    bits_vector u = (bits_vector)e;
+    u = (u + 0x7fff + (u >> 16 & 1)) & 0xffff0000;
+    u = (u & 0x7f800000) == 0 ? bits_vector{} : u;
     const vf r = (vf)u;
-    *(half_vector*)(out + p / 32 * step + p % 32) = __builtin_convertvector(u >> 16 & 0xffff, half_vector);
+    *(half_vector*)(out + p / 32 * step + p % 32) = __builtin_convertvector(u >> 16, half_vector);
     whole += w * w, exact += e * e, rounded += r * r, lost += (e - r) * (e - r);
   }
   auto length = [](vf squares) {
@@ -51,7 +52,7 @@ struct CodesInBfloat16 {  // of one group
   std::vector<Tile> packed;         // [width / 16][depth / 32], each [16][16 codes][2] as a right-hand side wants it
   std::vector<float> offset, mu, m; // (width), (depth), (depth)
   Sizes largest;
-  float largest_offset = 0;
+  float largest_offset = 0, largest_scale = 0, longest = 0;  // longest: of the codes, before they are scaled
 
   CodesInBfloat16(const Search& s, const Table& table, int64_t g, const Parallel& parallel)
       : depth((s.dim + 31) / 32 * 32), width((s.n_codes + 31) / 32 * 32), packed(width * depth / 512),
@@ -81,13 +82,17 @@ struct CodesInBfloat16 {  // of one group
       for (float Sizes::*size : {&Sizes::whole, &Sizes::exact, &Sizes::rounded, &Sizes::lost})
         largest.*size = std::max(largest.*size, sizes[c].*size);
       largest_offset = std::max({largest_offset, std::abs(offset[c]), std::abs(table.offset[g * C + c])});
+      largest_scale = std::max(largest_scale, scale[c]);
+      if (scale[c] > 0) longest = std::max(longest, sizes[c].whole / scale[c]);
     }
   }
 
   float twice_bound(const Sizes& row) const {
+    // In float32 x·c is scaled at last: it may underflow, which adds to the error, or overflow, and nothing is certain.
+    if (double(row.whole) * longest > 1e37) return inf;
     const double products = double(row.lost) * largest.exact + double(row.rounded) * largest.lost;
     const double sizes = (double(row.exact) + row.whole) * (double(largest.exact) + largest.whole) + largest_offset;
-    return float(2.001 * (products + (depth + 16) * std::ldexp(sizes, -23)) + 1e-30);
+    return float(2.001 * (products + (depth + 16) * std::ldexp(sizes, -23) + 1e-40 * largest_scale) + 1e-30);
   }
 };
 

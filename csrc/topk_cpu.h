@@ -136,7 +136,8 @@ inline void scale_and_offset(const float* code, int64_t d, Similarity similarity
     square = 0;
     for (int64_t p = 0; p < d; p++) square += double(code[p]) * code[p];
   }
-  scale = similarity != cosine ? 1 : square < 1.4e-76 ? 0 : float(1 / std::sqrt(square));  // norm below FLT_MIN
+  const double norm = std::sqrt(square);
+  scale = similarity != cosine ? 1 : norm < std::numeric_limits<float>::min() ? 0 : float(1 / norm);
   offset = similarity == distance ? float(-0.5 * square) : 0;
 }
 

@@ -119,7 +119,7 @@ def _build(folder, compiler, cuda, files):
     if cuda:
         homes = Path(cuda[0]).resolve().parent.parent, Path("/usr/local/cuda")  # nvcc may be a script that calls nvcc
         home = next((home for home in homes if (home / "include" / "cuda_runtime.h").exists()), homes[0])
-        flags += f" -DMINICODE_CUDA -isystem {home}/include"
+        flags += f" -DMINICODE_CUDA -idirafter {home}/include"  # it may be /usr/include, whose place is last
         libraries += f" -lc10_cuda -L{home}/lib64 -lcudart"
         rules = [f"rule cuda\n command = {cuda[0]} -O3 -std=c++17 -arch={cuda[1]} -Xcompiler -fPIC -c $in -o $out"]
     objects = [f"{path.name}.o" for path in files]

@@ -5,6 +5,7 @@ storing the N x C scores: by the extension in csrc/ where it can be built, else 
 `python -m minicode.topk` tells which, and builds it.
 """
 
+import threading
 from contextlib import contextmanager
 
 import torch
@@ -69,12 +70,14 @@ def _search(x: torch.Tensor, codes: torch.Tensor, k: int, similarity: str) -> tu
         return search_in_chunks(x, codes, k, similarity, _native)
 
 
+_lock, _held = threading.Lock(), []  # what was allowed before, once for each thread that searches
+
+
 @contextmanager
 def float32_throughout():
-    """No matmul in TF32 or bfloat16, whatever the user allows elsewhere."""
-    kinds = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    new = hasattr(kinds[0], "fp32_precision")  # from torch 2.9 on; once these are used, the older calls raise errors
-    before = [kind.fp32_precision for kind in kinds] if new else [torch.get_float32_matmul_precision()]
+    """No matmul in TF32 or bfloat16, whatever the user allows elsewhere; of several threads the last one out restores it."""
+    new = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # from torch 2.9 on; once used, the older calls raise errors
+    kinds = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if new else ()
 
     def allow(values):
         if not new:
@@ -82,11 +85,17 @@ def float32_throughout():
         for kind, value in zip(kinds, values):
             kind.fp32_precision = value
 
-    allow(["ieee", "ieee"] if new else ["highest"])
+    with _lock:
+        before = [kind.fp32_precision for kind in kinds] if new else [torch.get_float32_matmul_precision()]
+        _held.append(_held[0] if _held else before)
+        allow(["ieee", "ieee"] if new else ["highest"])
     try:
         yield
     finally:
-        allow(before)
+        with _lock:
+            before = _held.pop()
+            if not _held:
+                allow(before)
 
 
 def _native(x, codes, k, similarity):

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,42 @@ def test_the_coarse_pass_gives_the_answer_of_float32_throughout(kind):
             x, codes = (3 * x).round(), (3 * codes).clamp(-300, 300).round()
             coarse, plain = (torch.ops.minicode_native.topk(x, codes, k, similarity, how) for how in (True, False))
             assert torch.equal(coarse[1], plain[1]) and torch.equal(coarse[0], plain[0])
+
+
+@needs_compiler
+@pytest.mark.parametrize("of_x, of_codes", [(1e10, 1e30), (1e-9, 1e-36)])
+def test_the_coarse_pass_where_products_leave_the_range_of_float32(of_x, of_codes):
+    """x·c is infinite, or all but 0, before it is divided by |c|; where it is infinity less infinity, it loses."""
+    assert extension.load()[0]
+    torch.manual_seed(0)
+    for x, codes in ((torch.rand(1, 300, 64) + 0.5, torch.rand(1, 1200, 64) + 0.5), (torch.randn(1, 300, 64), torch.randn(1, 1200, 64))):
+        coarse, plain = (torch.ops.minicode_native.topk(of_x * x, of_codes * codes, 3, 0, how) for how in (True, False))
+        assert torch.equal(coarse[1], plain[1]) and torch.equal(coarse[0], plain[0])
+
+
+@needs_compiler
+@pytest.mark.parametrize("value", [0, torch.nan, "the NaN of GPUs", torch.inf, 2.0**100])
+def test_the_coarse_pass_and_what_is_not_finite_or_too_large(value):
+    """Rows and a code that are not among those whose mean is subtracted, so that all other rows take the coarse pass."""
+    assert extension.load()[0]
+    torch.manual_seed(0)
+    x, codes = torch.randn(1, 1024, 64).mul(3).round(), torch.randn(1, 2048, 64).mul(3).round()
+    x[0, 1, 5], x[0, 3], x[0, 5], x[0, 7], x[0, 9] = torch.nan, torch.inf, -torch.inf, 2.0**100, 2.0**-100
+    codes[0, 7, 2] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32) if isinstance(value, str) else value
+    for similarity in range(3):
+        for k in (1, 5):
+            coarse, plain = (torch.ops.minicode_native.topk(x, codes, k, similarity, how) for how in (True, False))
+            assert torch.equal(coarse[1], plain[1]) and torch.equal(coarse[0], plain[0])
+
+
+@needs_compiler
+def test_the_headers_of_cuda_may_lie_among_those_of_the_system(tmp_path, monkeypatch):
+    """As Debian has them: nvcc in /usr/bin, cuda_runtime.h in /usr/include, which no compiler may be given first."""
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    (tmp_path / "some.cpp").write_text("#include <cstdlib>\n")
+    with suppress(RuntimeError):  # there may be nothing of CUDA to link
+        extension._build(tmp_path, "c++", ("/usr/bin/nvcc", "sm_80"), [tmp_path / "some.cpp"])
+    assert os.path.exists(tmp_path / "some.cpp.o")
 
 
 @pytest.fixture(scope="session")

@@ -137,7 +137,7 @@ def test_more_scores_than_32_bits_can_count():
 
 def test_the_same_whatever_the_number_of_threads_and_in_two_at_once():
     torch.manual_seed(0)
-    x, codes = torch.randn(3, 300, 40), torch.randn(3, 700, 40)
+    x, codes = torch.randn(3, 300, 40), torch.randn(3, 1700, 40)  # enough for a coarse pass
     results, n_threads = {}, torch.get_num_threads()
     try:
         for n in (1, 2, 5):
@@ -199,6 +199,7 @@ def test_extreme_norms_still_rank():
 def test_codes_too_small_for_a_norm_score_zero():
     codes = torch.tensor([[2e-39, -1e-39], [1.0, 0.0]])
     assert topk_codes(torch.tensor([[1.0, 0.5]]), codes, 1)[1].item() == 1
+    assert topk_codes(torch.ones(1, 1), torch.full((1, 1), 1.18e-38))[0].item() == pytest.approx(1)  # just large enough
     assert topk_codes(torch.randn(3, 20).T[:, :1], torch.randn(7, 1), 2)[1].shape == (20, 2)
 
 
@@ -225,9 +226,27 @@ def test_search_keeps_float32_where_matmul_may_not():
     try:
         assert all(torch.equal(a, b) for a, b in zip(topk_codes(x, codes, 5), outside))
         assert setting.fp32_precision == "tf32"
+        one, other = topk.float32_throughout(), topk.float32_throughout()  # as in two threads
+        one.__enter__(), other.__enter__(), one.__exit__(None, None, None)
+        assert setting.fp32_precision == "ieee"
+        other.__exit__(None, None, None)
+        assert setting.fp32_precision == "tf32"
     finally:
         setting.fp32_precision = before
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_search_keeps_float32_with_a_torch_before_these_settings(monkeypatch):
+    x, codes = torch.randn(50, 8), torch.randn(30, 8)
+    wanted = topk_codes(x, codes, 5)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", object())
+    monkeypatch.delattr(type(torch.backends.mkldnn), "matmul", raising=False)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert all(torch.equal(a, b) for a, b in zip(topk_codes(x, codes, 5), wanted))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_opcheck(backend):
