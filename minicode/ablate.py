@@ -65,7 +65,8 @@ IDEAS = {  # name: flags, or what is replaced
     "similarity cosine": "--similarity cosine",
     "moving averages": "--decay 0.98",
     "no dense phase": "--dense-share 0",
-    "no dense phase, LayerNorm": "--dense-share 0 --layer-norm",
+    "the paper's method": "--dense-share 0 --layer-norm --commitment 0 --codebook-lr 1 --similarity cosine --revive-every 50 --revive-after 0"
+    " --n-codes 1000 --n-codes-head 1000",
     "random inputs, not k-means": {"start": start_at_random},
     "no straight-through": {"pass_on": cut_off},
     "rotation trick": {"pass_on": rotation},
