@@ -6,6 +6,7 @@ It is built in a private folder and moved there in one step: no lock, nothing st
 MINICODE_EXT=auto (default): any obstacle leads to PyTorch, with one line on stderr; require: it is an error; off: PyTorch.
 """
 
+import argparse
 import functools
 import hashlib
 import os
@@ -147,10 +148,12 @@ def _register_fakes():
 
 def main():
     """python -m minicode.topk: says what the search uses here, and why."""
+    parser = argparse.ArgumentParser(prog="python -m minicode.topk", description=main.__doc__.split(": ")[1])
+    parser.parse_args()
     try:
         devices, what = load()
     except ValueError as error:
-        sys.exit(str(error))
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(f"the C++ extension: {what if devices else 'none, ' + what}")
     print(f"on a CPU:   {torch.ops.minicode_native.cpu_path() if devices else 'PyTorch, in chunks'}; {torch.get_num_threads()} threads")
     gpu = "CUDA for k up to 32, float32; large searches on bfloat16 tensor cores first"

@@ -201,7 +201,7 @@ def check_run(folder, config, data, resume=False, overwrite=False):
         if (folder / data.file).is_file() and read_data(folder) != data:  # without the file it was killed before
             differ.append("its data")
         if differ:
-            raise ValueError(f"the run in {folder} has other settings than these: {', '.join(differ)}")
+            raise ValueError(f"the run in {folder} has other settings than these (repeat its flags): {', '.join(differ)}")
     elif exists and not overwrite:
         raise ValueError(f"{folder} holds a run already: --resume continues it, --overwrite replaces it")
     elif folder.exists() and not exists and any(path.suffix != ".tmp" for path in folder.iterdir()):

@@ -8,6 +8,7 @@
 """
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +46,8 @@ def main(argv=None):
             if (value := getattr(args, name)) is not None and not value >= least:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
         result = demonstrate(run, args) if demonstration else sample(run, args)
+    if not args.run:
+        print(f"of the newest run, {run.folder}:", file=sys.stderr)
     text = describe(run.fsm, result) if demonstration else run.data.between.join(result["samples"])
     if "samples_free" in result and not demonstration:
         text = f"left alone:\n\n{run.data.between.join(result['samples_free'])}\n\n\n{args.force_code[0]} forced:\n\n{text}"

@@ -264,6 +264,7 @@ def keep(session, checkpoint):
         session.metrics.append({"step": done, "tokens": done * config.batch_size * config.block_size, **figures})
         write(session.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in session.metrics))
         tqdm.write(describe(session.metrics[-1]))
+        sys.stdout.flush()  # for a log, which has no bar
     if checkpoint:  # is train_state.pt alone, so that it can't be half old and half new; model.pt is there to be read
         weights, moments = session.model.state_dict(), session.optimizer.state_dict()["state"]
         write_tensors(session.folder / "model.pt", weights)  # first: a kill in between is made up for by resuming
@@ -328,7 +329,7 @@ def command(argv, name, about, kind, presets, out, compare):
         session = open_session(config, data, args.out, args.resume, args.overwrite)
     first = parallel.rank() == 0
     if first:
-        print(f"{data}; codebooks at {', '.join(config.sites()) or 'no site'}")
+        print(f"{data}; codebooks at {', '.join(config.sites()) or 'no site'}", flush=True)
     try:
         summary = train(session)
     except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:

@@ -165,7 +165,9 @@ def test_require_and_off_and_nonsense(tmp_path):
         assert result.returncode == 1 and words in result.stderr.splitlines()[-1]
         main = [sys.executable, "-m", "minicode.topk"]
         result = subprocess.run(main, capture_output=True, text=True, env=environment(tmp_path, **more), cwd=ROOT)
-        assert result.returncode == 1 and words in result.stderr and len(result.stderr.splitlines()) == 1
+        assert result.returncode == 2 and words in result.stderr and len(result.stderr.splitlines()) == 1
+    result = subprocess.run([*main, "--foo"], capture_output=True, text=True, env=environment(tmp_path), cwd=ROOT)
+    assert result.returncode == 2 and "unrecognized arguments: --foo" in result.stderr and not result.stdout
     assert search(tmp_path, MINICODE_EXT="off") == "" and not (tmp_path / "minicode").exists()
 
 

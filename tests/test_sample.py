@@ -72,6 +72,7 @@ def test_newest_run_is_the_default(tmp_path, monkeypatch, capsys):
     train(tmp_path / "runs" / "two", "--steps", "2", "--codebooks", "none")
     torch.save(torch.load("runs/two/model.pt", weights_only=True), "runs/two/model.pt")
     sample([])
+    assert capsys.readouterr().err == "of the newest run, runs/two:\n"
     assert "has no codebooks, or they were not started yet" in refusal(sample, "--force-code", capsys=capsys)
 
 

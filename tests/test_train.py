@@ -194,7 +194,7 @@ def test_existing_runs_are_never_lost(tiny_run, tmp_path, capsys):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     line = refusal(train_fsm, "--out", folder, *TINY, capsys=capsys)
     assert "holds a run already: --resume continues it, --overwrite replaces it" in line
-    assert "other settings than these: steps" in refusal(train_fsm, "--out", folder, *TINY, "--resume", "--steps", 70, capsys=capsys)
+    assert "other settings than these (repeat its flags): steps" in refusal(train_fsm, "--out", folder, *TINY, "--resume", "--steps", 70, capsys=capsys)
     assert "its data" in refusal(train_fsm, "--out", folder, *TINY, "--resume", "--n-edges", 2, capsys=capsys)
     refusal(train_fsm, "--out", folder, *TINY, "--overwrite", "--k", 99, capsys=capsys)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
