@@ -37,9 +37,9 @@ def test_the_coarse_pass_gives_the_answer_of_float32_throughout(kind):
     and on whole numbers, where float32 rounds no product, the same to the last bit."""
     assert extension.load()[0]
     generator = torch.Generator().manual_seed(0)
-    for n_rows, n_codes, dim, k in ((300, 700, 95, 1), (400, 1100, 64, 8), (300, 4096, 64, 100), (256, 8192, 8, 3), (600, 2000, 768, 1)):
+    for n_rows, n_codes, dim, k in ((300, 700, 95, 1), (260, 1100, 64, 8), (256, 4096, 64, 100), (256, 8192, 8, 3), (300, 600, 768, 1)):
         for similarity, name in enumerate(SIMILARITIES):
-            x, codes = make(kind, 2, n_rows, n_codes, dim, generator)
+            x, codes = make(kind, 1 + (k == 1), n_rows, n_codes, dim, generator)
             same_but_for_rounding(x, codes, k, name, *torch.ops.minicode_native.topk(x, codes, k, similarity, True))
             x, codes = (3 * x).round(), (3 * codes).clamp(-300, 300).round()
             coarse, plain = (torch.ops.minicode_native.topk(x, codes, k, similarity, how) for how in (True, False))
