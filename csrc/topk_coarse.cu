@@ -182,9 +182,8 @@ __global__ void rescore(Search s, const float* scales, const float* offsets, Coa
 }  // namespace
 
 void topk_coarse(const Search& s, const float* scale, const float* offset, const CoarsePass& pass, void* stream) {
-  const auto blocks = [&](int64_t rows) { return dim3((s.n_rows + rows - 1) / rows, s.n_groups); };
-  if (s.k == 1) LAUNCH(score_in_bfloat16<true>, blocks(ROWS), 128, stream, s, pass);
-  else LAUNCH(score_in_bfloat16<false>, blocks(ROWS), 128, stream, s, pass);
-  LAUNCH(rescore, blocks(8), 256, stream, s, scale, offset, pass);
+  if (s.k == 1) LAUNCH(score_in_bfloat16<true>, blocks(s, ROWS), 128, stream, s, pass);
+  else LAUNCH(score_in_bfloat16<false>, blocks(s, ROWS), 128, stream, s, pass);
+  LAUNCH(rescore, blocks(s, 8), 256, stream, s, scale, offset, pass);
 }
 }  // namespace minicode

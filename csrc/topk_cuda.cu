@@ -146,9 +146,8 @@ bool topk_cuda(const Search& s, const float* scale, const float* offset, const C
   if (s.k > MOST || s.n_groups > 65535) return false;
   if (s.n_rows * s.n_groups == 0) return true;
   if (pass.counts) topk_coarse(s, scale, offset, pass, stream);
-  const auto blocks = [&](int64_t rows) { return dim3((s.n_rows + rows - 1) / rows, s.n_groups); };
-  if (s.k == 1) LAUNCH((search_tiles<128, true>), blocks(128), 256, stream, s, scale, offset, pass.counts);
-  else LAUNCH((search_tiles<64, false>), blocks(64), 128, stream, s, scale, offset, pass.counts);
+  if (s.k == 1) LAUNCH((search_tiles<128, true>), blocks(s, 128), 256, stream, s, scale, offset, pass.counts);
+  else LAUNCH((search_tiles<64, false>), blocks(s, 64), 128, stream, s, scale, offset, pass.counts);
   return true;
 }
 }  // namespace minicode

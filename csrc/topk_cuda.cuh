@@ -44,6 +44,8 @@ __device__ inline void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_
 #endif
 
 namespace minicode {
+inline dim3 blocks(const Search& s, int64_t rows) { return dim3((s.n_rows + rows - 1) / rows, s.n_groups); }
+
 // Scores every code in bfloat16, then in float32 those that can be among the k best. Leaves pass.counts below k for
 // the rows that it gave up.
 void topk_coarse(const Search& search, const float* scale, const float* offset, const CoarsePass& pass, void* stream);

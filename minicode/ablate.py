@@ -43,7 +43,7 @@ def start_at_random(self, inputs, generator=None):
     """start without k-means: codes are inputs, drawn at random."""
     chosen = torch.randperm(len(inputs), generator=generator, device=inputs.device)[: self.n_codes]
     with torch.no_grad():
-        self.codes.copy_(inputs[chosen].view(-1, self.groups, self.dim).transpose(0, 1) / self.k)
+        self.codes.copy_(self.activations(inputs[chosen]).transpose(0, 1) / self.k)
 
 
 def start_with_four(self, inputs, generator=None, start=Codebook.start):
@@ -65,8 +65,7 @@ IDEAS = {  # name: flags, or what is replaced
     "similarity cosine": "--similarity cosine",
     "moving averages": "--decay 0.98",
     "no dense phase": "--dense-share 0",
-    "the paper's method": "--dense-share 0 --layer-norm --commitment 0 --codebook-lr 1 --similarity cosine --revive-every 50 --revive-after 0"
-    " --n-codes 1000 --n-codes-head 1000",
+    "the paper's method": "--preset paper --n-layer 2 --n-embd 64 --batch-size 16 --lr 4e-3",
     "random inputs, not k-means": {"start": start_at_random},
     "no straight-through": {"pass_on": cut_off},
     "rotation trick": {"pass_on": rotation},

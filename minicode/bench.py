@@ -68,8 +68,8 @@ def searches(x, codes, k, similarity):
         "PyTorch, chunks": lambda: topk.search_in_chunks(x, codes, k, similarity, topk.in_pytorch),
     }
     if x.device.type in extension.load()[0] and not (x.is_cuda and k > 32):
-        methods["float32"] = lambda: native(x, codes, k, similarity, False)
-        methods["coarse + float32"] = lambda: native(x, codes, k, similarity, True)
+        methods["float32"] = lambda: topk.native(x, codes, k, similarity, coarse=False)
+        methods["coarse + float32"] = lambda: topk.native(x, codes, k, similarity)
     if x.is_cuda:
         return {**methods, "matmul alone": lambda: x @ table.mT}
     try:
@@ -82,16 +82,6 @@ def searches(x, codes, k, similarity):
         index.add(rows)
     queries = [np.ascontiguousarray(rows) for rows in x.numpy()]
     return {**methods, "faiss": lambda: [index.search(rows, k) for index, rows in zip(indexes, queries)]}
-
-
-def native(x, codes, k, similarity, coarse):
-    """The extension's search: after a coarse pass, where it is worth it, or in float32 throughout."""
-    if coarse:
-        return topk._native(x, codes, k, similarity)
-    if x.is_cuda:
-        scale, offset = (v.contiguous() for v in topk.scale_and_offset(codes, similarity))
-        return torch.ops.minicode_native.topk_cuda(x, codes, scale, offset, k, [])
-    return torch.ops.minicode_native.topk(x, codes, k, topk.SIMILARITIES.index(similarity), False)
 
 
 def bench_search(x, codes, k, similarity, what):
@@ -128,7 +118,7 @@ def trained(folder, device="cpu"):
     """Cases for bench_search from a run: what reaches the codebooks of its last layer."""
     run, inputs = load_run(folder, device), {}
     for name, codebook in run.model.codebooks().items():
-        codebook.register_forward_pre_hook(lambda c, args, name=name: inputs.update({name: args[0].reshape(-1, c.groups, c.dim)}))
+        codebook.register_forward_pre_hook(lambda c, args, name=name: inputs.update({name: c.activations(args[0]).flatten(0, -3)}))
     with evaluating(run.model):
         run.model(torch.from_numpy(run.fsm.sequences(np.random.default_rng(0), 64, run.config.block_size)).to(device))
     for name, c in list(run.model.codebooks().items())[-2:]:

@@ -59,15 +59,15 @@ def topk_codes(x, codes, k=1, similarity="cosine"):
 def _search(x: torch.Tensor, codes: torch.Tensor, k: int, similarity: str) -> tuple[torch.Tensor, torch.Tensor]:
     # An operator of its own, so that torch.compile sees one node and autocast cannot halve its precision.
     device = x.device.type
-    native = device in extension.load()[0] and (device == "cpu" or (k <= 32 and x.shape[1] >= 512))
+    served = device in extension.load()[0] and (device == "cpu" or (k <= 32 and x.shape[1] >= 512))
     with torch.autocast(device, enabled=False):
-        if not native:
+        if not served:
             with float32_throughout():
                 return search_in_chunks(x, codes, k, similarity, in_pytorch)
-        at_once = device == "cpu" or x.shape[1] <= rows_at_once(x, codes, _native)
+        at_once = device == "cpu" or x.shape[1] <= rows_at_once(x, codes, native)
         if at_once and x.dtype == torch.float32 and x.stride(-1) == 1:
-            return _native(x, codes.float().contiguous(), k, similarity)
-        return search_in_chunks(x, codes, k, similarity, _native)
+            return native(x, codes.float().contiguous(), k, similarity)
+        return search_in_chunks(x, codes, k, similarity, native)
 
 
 _lock, _held = threading.Lock(), []  # what was allowed before, once for each thread that searches
@@ -98,15 +98,15 @@ def float32_throughout():
                 allow(before)
 
 
-def _native(x, codes, k, similarity):
-    """The extension's search. On a GPU it takes scales and offsets, and k up to 32."""
+def native(x, codes, k, similarity, coarse=True):
+    """The extension's search, after a coarse pass where that is worth it. On a GPU it takes scales and offsets, and k up to 32."""
     if x.device.type == "cpu":
-        return torch.ops.minicode_native.topk(x, codes, k, SIMILARITIES.index(similarity), True)
+        return torch.ops.minicode_native.topk(x, codes, k, SIMILARITIES.index(similarity), coarse)
     scale, offset = scale_and_offset(codes, similarity)
     # To prepare a coarse pass has its cost, whatever the number of codes.
-    large = x.shape[2] >= 16 and codes.shape[1] >= 1024 and x.numel() * codes.shape[1] >= 1 << 33
-    coarse = coarse_pass(x, codes, scale, offset) if large and torch.cuda.get_device_capability(x.device) >= (8, 0) else []
-    return torch.ops.minicode_native.topk_cuda(x, codes, scale.contiguous(), offset.contiguous(), k, coarse)
+    large = coarse and x.shape[2] >= 16 and codes.shape[1] >= 1024 and x.numel() * codes.shape[1] >= 1 << 33
+    prepared = coarse_pass(x, codes, scale, offset) if large and torch.cuda.get_device_capability(x.device) >= (8, 0) else []
+    return torch.ops.minicode_native.topk_cuda(x, codes, scale.contiguous(), offset.contiguous(), k, prepared)
 
 
 def coarse_pass(x, codes, scale, offset):

@@ -25,7 +25,7 @@ def backend(request, monkeypatch):
         pytest.skip(f"no extension here: {extension.load()[1]}")
     elif device == "cuda":  # for few rows too, for which PyTorch is used
         small = topk.in_pytorch
-        monkeypatch.setattr(topk, "in_pytorch", lambda *args: (topk._native if args[2] <= 32 else small)(*args))
+        monkeypatch.setattr(topk, "in_pytorch", lambda *args: (topk.native if args[2] <= 32 else small)(*args))
     with torch.device(device) if device == "cuda" else nullcontext():
         yield name
 
@@ -203,6 +203,15 @@ def test_codes_too_small_for_a_norm_score_zero():
     assert topk_codes(torch.randn(3, 20).T[:, :1], torch.randn(7, 1), 2)[1].shape == (20, 2)
 
 
+def the_same_where_matmul_may_use_bfloat16(x, codes, wanted):
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert all(torch.equal(a, b) for a, b in zip(topk_codes(x, codes, 5), wanted))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_search_keeps_float32_under_autocast():
     x, codes = torch.randn(500, 64), torch.randn(300, 64)
     with torch.autocast(x.device.type, torch.bfloat16):
@@ -210,12 +219,7 @@ def test_search_keeps_float32_under_autocast():
         inside = topk_codes(x, codes, 5)
     outside = topk_codes(x, codes, 5)
     assert all(torch.equal(a, b) for a, b in zip(inside, outside))
-    torch.set_float32_matmul_precision("medium")
-    try:
-        assert all(torch.equal(a, b) for a, b in zip(topk_codes(x, codes, 5), outside))
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    the_same_where_matmul_may_use_bfloat16(x, codes, outside)
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="this torch has no such setting")
@@ -241,12 +245,7 @@ def test_search_keeps_float32_with_a_torch_before_these_settings(monkeypatch):
     wanted = topk_codes(x, codes, 5)
     monkeypatch.setattr(torch.backends.cuda, "matmul", object())
     monkeypatch.delattr(type(torch.backends.mkldnn), "matmul", raising=False)
-    torch.set_float32_matmul_precision("medium")
-    try:
-        assert all(torch.equal(a, b) for a, b in zip(topk_codes(x, codes, 5), wanted))
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    the_same_where_matmul_may_use_bfloat16(x, codes, wanted)
 
 
 def test_opcheck(backend):
