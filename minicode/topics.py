@@ -4,7 +4,6 @@ Paper, section 5.2. A topic's codes are found by their precision and recall on h
 make it be about the topic. The table that shows how far is kept with the run, as steering.json.
 """
 
-import json
 import math
 import re
 from collections import Counter

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import make_model, make_tokens
 
-from minicode import GPT, GPTConfig, record
+from minicode import GPTConfig, record
 from minicode.model import SITES
 
 
