@@ -4,7 +4,7 @@ import importlib
 
 _FILES = {
     "topk_codes": "topk", "Codebook": "codebook", "GPT": "model", "GPTConfig": "model", "record": "control",
-    "force": "control", "block": "control", "FSM": "fsm", "load_run": "run",
+    "force": "control", "block": "control", "FSM": "fsm", "load_run": "runtime.runs",
 }  # fmt: skip
 __all__ = list(_FILES)
 

@@ -5,22 +5,22 @@ peak is this machine's own: what torch reaches on one large square matmul, on a 
 """
 
 import json
-import time
 from functools import partial
 from pathlib import Path
-from statistics import median
-from unittest import mock
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 
-from minicode import extension, topk
-from minicode.codebook import Codebook
-from minicode.fsm import FSM
-from minicode.model import GPT, evaluating
-from minicode.run import Parser, TrainConfig, load_run
-from minicode.train import make_optimizer, pick_device, train_step
+from minicode.runtime import extension
+from minicode.runtime.options import Parser
+from minicode.runtime.session import pick_device
+from minicode.study.timing import (
+    bench_layer,
+    bench_search,
+    bench_steps,
+    bench_sweep,
+    timed,
+    trained,
+)
 
 SHAPES = [  # groups, N, d, C, k
     (1, 8192, 128, 10_000, 1), (1, 8192, 128, 10_000, 8), (4, 8192, 32, 2048, 1), (1, 4096, 768, 10_000, 100),
@@ -29,133 +29,13 @@ SHAPES = [  # groups, N, d, C, k
 ON_GPU = [(1, 65_536, 128, 10_000, 1)]  # what fills one
 
 
-def timed(methods, rounds=7):
-    """{name: {"ms", "lowest", "highest"}} of functions that are run in turn, after one round to warm up."""
-    times, wait = {name: [] for name in methods}, torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
-    for _ in range(rounds + 1):
-        for name, method in methods.items():
-            wait()
-            start = time.perf_counter()
-            method()
-            wait()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: {"ms": median(t[1:]), "lowest": min(t[1:]), "highest": max(t[1:])} for name, t in times.items()}
-
-
-def extra_memory(method, on_gpu=False):
-    """The most memory, in MB, that a call takes beyond what there was before; None where the system does not tell."""
-    def status(field):
-        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 1024
-
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-        before, _ = torch.cuda.memory_allocated(), method()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    if not Path("/proc/self/clear_refs").exists():
-        return None
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = status("VmRSS")
-    method()
-    return max(0.0, status("VmHWM") - before)
-
-
-def searches(x, codes, k, similarity):
-    """The ways of searching that there are here, by name, as functions: x (G, N, d), codes (G, C, d)."""
-    scale, offset = topk.scale_and_offset(codes, similarity)
-    table = (codes * scale.mT).contiguous()
-    methods = {
-        "matmul + topk": lambda: torch.baddbmm(offset, x, table.mT).topk(k),
-        "PyTorch, chunks": lambda: topk.search_in_chunks(x, codes, k, similarity, topk.in_pytorch),
-    }
-    if x.device.type in extension.load()[0] and not (x.is_cuda and k > 32):
-        methods["float32"] = lambda: topk.native(x, codes, k, similarity, coarse=False)
-        methods["coarse + float32"] = lambda: topk.native(x, codes, k, similarity)
-    if x.is_cuda:
-        return {**methods, "matmul alone": lambda: x @ table.mT}
-    try:
-        import faiss
-    except ImportError:
-        return methods
-    kind = faiss.IndexFlatL2 if similarity == "distance" else faiss.IndexFlatIP
-    indexes = [kind(table.shape[2]) for _ in table]
-    for index, rows in zip(indexes, table.numpy()):
-        index.add(rows)
-    queries = [np.ascontiguousarray(rows) for rows in x.numpy()]
-    return {**methods, "faiss": lambda: [index.search(rows, k) for index, rows in zip(indexes, queries)]}
-
-
-def bench_search(x, codes, k, similarity, what):
-    """One table of searches, all of them checked to give the same ids."""
-    methods, flop = searches(x, codes, k, similarity), 2 * x.numel() * codes.shape[1]
-    exact = methods["PyTorch, chunks"]()[1]
-    results = timed(methods, 7 if flop > 1e8 and not x.is_cuda else 101)
-    for name, result in results.items():
-        result["gflops"] = flop / result["ms"] / 1e6
-        result["times_as_fast"] = results["matmul + topk"]["ms"] / result["ms"]
-        result["extra_mb"] = extra_memory(methods[name], x.is_cuda)
-        if isinstance(found := methods[name](), tuple):  # of scores and ids, both tensors
-            result["different_ids"] = (found[1] != exact).sum().item()
-    shape = dict(zip(("groups", "N", "d", "C", "k"), (*x.shape, codes.shape[1], k)))
-    return {"codes": what, **shape, "methods": results}
-
-
-def bench_sweep(device, n=4096, d=64, n_codes=4096):
-    """The search for larger and larger N, C, d and k: time beside that of the first row, and the same per N * C * d."""
-    shapes = [(n, n_codes, d, 1), *((m * n, n_codes, d, 1) for m in (2, 4)), *((n, m * n_codes, d, 1) for m in (2, 4)),
-              *((n, n_codes, m * d, 1) for m in (2, 4)), *((n, n_codes, d, k) for k in (4, 16, 64))]  # fmt: skip
-    searches = {}
-    for shape in shapes:
-        x, codes, k = torch.randn(shape[0], shape[2]).to(device), torch.randn(shape[1], shape[2]).to(device), shape[3]
-        searches[shape] = lambda x=x, codes=codes, k=k: topk.topk_codes(x, codes, k)
-    times, rows = timed(searches), []
-    for shape, t in times.items():
-        ratio, work = t["ms"] / times[shapes[0]]["ms"], shape[0] * shape[1] * shape[2] / (n * n_codes * d)
-        rows.append({**dict(zip(("N", "C", "d", "k"), shape)), **t, "times_first": ratio, "per_ncd": ratio / work})
-    return rows
-
-
-def trained(folder, device="cpu"):
-    """Cases for bench_search from a run: what reaches the codebooks of its last layer."""
-    run, inputs = load_run(folder, device), {}
-    for name, codebook in run.model.codebooks().items():
-        codebook.register_forward_pre_hook(lambda c, args, name=name: inputs.update({name: c.activations(args[0]).flatten(0, -3)}))
-    with evaluating(run.model):
-        run.model(torch.from_numpy(run.fsm.sequences(np.random.default_rng(0), 64, run.config.block_size)).to(device))
-    for name, c in list(run.model.codebooks().items())[-2:]:
-        yield inputs[name].transpose(0, 1).contiguous(), c.codes.detach(), c.k, c.similarity, f"of {folder}: {name}"
-
-
-def bench_layer(device, dim, n_codes, groups):
-    """Codebook, forward and backward of 64 x 128 activations, beside the same with matmul + topk."""
-    codebook = Codebook(n_codes, dim, 1, groups).to(device)
-    x = torch.randn(64, 128, groups * dim).to(device).requires_grad_()
-
-    def plain():
-        a = x.view(-1, groups, dim).transpose(0, 1)  # (G, N, d)
-        ids = (a.detach() @ F.normalize(codebook.codes.detach(), dim=-1).mT).topk(1).indices
-        q = codebook.codes.gather(1, ids.expand(-1, -1, dim))
-        ((q + (a - a.detach())).sum() + F.mse_loss(q, a.detach())).backward()
-
-    methods = {"matmul + topk": plain, "Codebook": lambda: (codebook(x).sum() + codebook.autoencoding).backward()}
-    return {"d": dim, "C": n_codes, "groups": groups, "methods": timed(methods)}
-
-
-def bench_steps(device):
-    """A training step of the default preset: dense, and with codebooks searched by PyTorch and by the extension."""
-    steps, fsm, found, none = {}, FSM(), extension.load(), ((), "")
-    cases = {"dense": ("none", none), "codebooks, PyTorch": ("head,mlp", none), "codebooks, extension": ("head,mlp", found)}
-    for name, (sites, load) in cases.items():
-        config = TrainConfig(codebooks=sites)
-        model = GPT(config).to(device)
-        step = partial(train_step, model, model, make_optimizer(model, config), config, config.steps - 1, fsm)
-        steps[name] = mock.patch.object(extension, "load", lambda load=load: load)(step)
-    times = timed(steps, 21)
-    return {name: {**t, "times_dense": t["ms"] / times["dense"]["ms"]} for name, t in times.items()}
-
-
 def main(argv=None):
     parser = Parser("bench", __doc__)
-    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: cuda where there is one (default: auto)")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, or auto: cuda where there is one (default: auto)",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args(argv)
     with parser.user_errors():
@@ -164,12 +44,21 @@ def main(argv=None):
     torch.set_float32_matmul_precision("highest")
     on_gpu = device.type == "cuda"
     square = torch.randn(2 * (8192 if on_gpu else 3072,)).to(device)
-    squares = {"peak_gflops": square, **({"peak_bfloat16_gflops": square.bfloat16()} if on_gpu else {})}
+    squares = {
+        "peak_gflops": square,
+        **({"peak_bfloat16_gflops": square.bfloat16()} if on_gpu else {}),
+    }
     times = timed({name: partial(torch.matmul, a, a) for name, a in squares.items()})
-    result = {"device": torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads", "extension": extension.load()[1]}
+    result = {
+        "device": torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads",
+        "extension": extension.load()[1],
+    }
     result |= {name: 2 * len(square) ** 3 / t["lowest"] / 1e6 for name, t in times.items()}
     shapes = ON_GPU * on_gpu + SHAPES
-    cases = [(torch.randn(g, n, d).to(device), torch.randn(g, c, d).to(device), k, "cosine", "random") for g, n, d, c, k in shapes]
+    cases = [
+        (torch.randn(g, n, d).to(device), torch.randn(g, c, d).to(device), k, "cosine", "random")
+        for g, n, d, c, k in shapes
+    ]
     if Path("runs/fsm/summary.json").exists():
         cases += trained("runs/fsm", device)
     result["search"] = [bench_search(*case) for case in cases]
@@ -183,10 +72,16 @@ def describe(result):
     def line(name, m, more):
         return f"  {name:25}{m['ms']:9.2f} ms ({m['lowest']:.2f} to {m['highest']:.2f})  {more}"
 
-    half = f", bfloat16 {result['peak_bfloat16_gflops']:.0f}" if "peak_bfloat16_gflops" in result else ""
+    half = (
+        f", bfloat16 {result['peak_bfloat16_gflops']:.0f}"
+        if "peak_bfloat16_gflops" in result
+        else ""
+    )
     lines = [f"{result['device']}, peak in GFLOP/s: float32 {result['peak_gflops']:.0f}{half}"]
     for row in result["search"]:
-        lines.append(f"\n{row['groups']} x ({row['N']}, {row['d']}) against {row['C']} codes ({row['codes']}), k = {row['k']}")
+        lines.append(
+            f"\n{row['groups']} x ({row['N']}, {row['d']}) against {row['C']} codes ({row['codes']}), k = {row['k']}"
+        )
         for name, m in row["methods"].items():
             memory = "" if m["extra_mb"] is None else f", {m['extra_mb']:.0f} MB more"
             rate = f"{m['gflops']:.0f} GFLOP/s ({m['gflops'] / result['peak_gflops']:.0%} of peak)"
@@ -194,11 +89,21 @@ def describe(result):
     lines.append("\nthe search, for larger N, C, d and k: beside the first row, and per N * C * d")
     for row in result["sweep"]:
         name = f"{row['N']} x {row['d']}, {row['C']}, k = {row['k']}"
-        lines.append(line(name, row, f"{row['times_first']:.2f} x, per N * C * d {row['per_ncd']:.2f}"))
+        lines.append(
+            line(name, row, f"{row['times_first']:.2f} x, per N * C * d {row['per_ncd']:.2f}")
+        )
     for row in result["codebook"]:
-        lines.append(f"\nCodebook layer, forward + backward, 64 x 128 x {row['groups']} x {row['d']}, {row['C']} codes")
-        lines += [line(name, m, f"{row['methods']['matmul + topk']['ms'] / m['ms']:.2f} x") for name, m in row["methods"].items()]
-    steps = [line(name, m, f"{m['times_dense']:.2f} of dense") for name, m in result["training_step"].items()]
+        lines.append(
+            f"\nCodebook layer, forward + backward, 64 x 128 x {row['groups']} x {row['d']}, {row['C']} codes"
+        )
+        lines += [
+            line(name, m, f"{row['methods']['matmul + topk']['ms'] / m['ms']:.2f} x")
+            for name, m in row["methods"].items()
+        ]
+    steps = [
+        line(name, m, f"{m['times_dense']:.2f} of dense")
+        for name, m in result["training_step"].items()
+    ]
     return "\n".join([*lines, "\ntraining step of the default preset", *steps])
 
 

@@ -1,15 +1,15 @@
 """A codebook: hidden states in, the sum of their k most similar codes out.
 
-    a    activation, shape (d,)          s_i  similarity of a and code i
-    E    codes, shape (C, d)             S    the k codes with the highest s_i
-    q    sum of E_i for i in S           out  q + (a - a.detach()): q forward, and a's gradient backward
+a    activation, shape (d,)          s_i  similarity of a and code i
+E    codes, shape (C, d)             S    the k codes with the highest s_i
+q    sum of E_i for i in S           out  q + (a - a.detach()): q forward, and a's gradient backward
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minicode import parallel
+from minicode.runtime import processes
 from minicode.topk import topk_codes
 
 
@@ -31,7 +31,9 @@ class Codebook(nn.Module):
     The training loop adds these two to its loss; nothing is added to a gradient behind its back.
     """
 
-    def __init__(self, n_codes, dim, k=1, groups=1, similarity="cosine", decay=None, layer_norm=False):
+    def __init__(
+        self, n_codes, dim, k=1, groups=1, similarity="cosine", decay=None, layer_norm=False
+    ):
         super().__init__()
         if not 1 <= k <= n_codes:
             raise ValueError(f"k must be from 1 to the {n_codes} codes of the codebook, not {k}")
@@ -42,7 +44,9 @@ class Codebook(nn.Module):
         self.ids = self.autoencoding = self.commitment = None
         self.inputs = ()  # of the last batch, in parts (N, G, d): what revive() draws from
         self.codes = nn.Parameter(torch.randn(groups, n_codes, dim), requires_grad=decay is None)
-        self.register_buffer("usage", torch.zeros(groups, n_codes))  # choices since the last revival
+        self.register_buffer(
+            "usage", torch.zeros(groups, n_codes)
+        )  # choices since the last revival
         # Since the last update(): how often each code was chosen, and the sum of what it was chosen for.
         self.register_buffer("new_count", torch.zeros(groups, n_codes), persistent=False)
         self.register_buffer("new_sum", torch.zeros(groups, n_codes, dim), persistent=False)
@@ -86,21 +90,25 @@ class Codebook(nn.Module):
     def _count(self, rows, a, q):
         """Adds a batch, or a part of one, to the sums that update() uses."""
         self.inputs = (a.reshape(-1, self.groups, self.dim),)
-        self.new_count.view(-1).index_add_(0, rows.flatten(), torch.ones(rows.numel(), device=rows.device))
+        self.new_count.view(-1).index_add_(
+            0, rows.flatten(), torch.ones(rows.numel(), device=rows.device)
+        )
         if self.decay is not None:
             # A code's target is what the other k - 1 chosen codes leave over of a: E_i + (a - q).
             target = a.unsqueeze(-2)  # (..., G, 1, d)
             if self.k > 1:
                 target = target - q.unsqueeze(-2) + self.codes.view(-1, self.dim)[rows]
-            self.new_sum.view(-1, self.dim).index_add_(0, rows.flatten(), target.reshape(-1, self.dim).to(self.new_sum.dtype))
+            self.new_sum.view(-1, self.dim).index_add_(
+                0, rows.flatten(), target.reshape(-1, self.dim).to(self.new_sum.dtype)
+            )
 
     @torch.no_grad()
     def update(self):
         """After each optimizer step: adds up the usage and moves the codes to their new averages."""
-        parallel.add_up(self.new_count)
+        processes.add_up(self.new_count)
         self.usage += self.new_count
         if self.decay is not None:
-            parallel.add_up(self.new_sum)
+            processes.add_up(self.new_sum)
             total = self.new_count.sum(-1, keepdim=True).clamp_min(1)  # (G, 1)
             self.share.lerp_(self.new_count / total, 1 - self.decay)
             # As sum / count of two moving averages, but with one of them: a code that nothing chose stays.
@@ -122,17 +130,19 @@ class Codebook(nn.Module):
         self.usage.zero_()
         if not self.inputs or not dead.any():
             return 0
-        a = parallel.all_rows(torch.cat(self.inputs)).transpose(0, 1)  # (G, N, d)
+        a = processes.all_rows(torch.cat(self.inputs)).transpose(0, 1)  # (G, N, d)
         n_seeds = min(int(dead.sum(-1).max()), a.shape[1])
         seeds = self._seeds(a, n_seeds, self._nearest(a)[1], generator, power=2) / self.k
-        rank = (dead.cumsum(-1) - 1).clamp(0, seeds.shape[1] - 1)  # the first dead code gets the first seed
+        rank = (dead.cumsum(-1) - 1).clamp(
+            0, seeds.shape[1] - 1
+        )  # the first dead code gets the first seed
         self.codes.copy_(torch.where(dead.unsqueeze(-1), _take(seeds, rank), self.codes))
         if self.decay is not None:
             self.share[dead] = 1 / self.n_codes
         for moment in (optimizer.state.get(self.codes, {}) if optimizer else {}).values():
             if moment.shape == self.codes.shape:
                 moment[dead] = 0
-        parallel.take_from_first(self)
+        processes.take_from_first(self)
         return int(dead.sum())
 
     @torch.no_grad()
@@ -143,7 +153,9 @@ class Codebook(nn.Module):
         """
         a = self.activations(inputs).transpose(0, 1).contiguous()  # (G, N, d)
         if a.shape[1] < self.n_codes:
-            raise ValueError(f"{self.n_codes} codes need as many inputs to start from, not {a.shape[1]}")
+            raise ValueError(
+                f"{self.n_codes} codes need as many inputs to start from, not {a.shape[1]}"
+            )
         self.codes.copy_(self._seeds(a, self.n_codes, None, generator))
         for _ in range(rounds):
             count, total = self._assign(a)
@@ -154,7 +166,7 @@ class Codebook(nn.Module):
         for _ in range(2 * rounds if self.k > 1 else 0):
             self._refine(a.transpose(0, 1))
         self.usage.zero_()
-        parallel.take_from_first(self)
+        processes.take_from_first(self)
 
     def _refine(self, a):
         """Moves each code by a k-th of what the sums that it is part of lack on average of a (N, G, d).
@@ -164,7 +176,10 @@ class Codebook(nn.Module):
         ids = self.search(a)  # (N, G, k)
         q, rows = self.sum_codes(ids)
         lack = (a - q).flatten(0, 1)  # (N * G, d)
-        count, total = torch.zeros_like(self.usage).view(-1), torch.zeros_like(self.codes).view(-1, self.dim)
+        count, total = (
+            torch.zeros_like(self.usage).view(-1),
+            torch.zeros_like(self.codes).view(-1, self.dim),
+        )
         for choice in rows.flatten(0, 1).T:  # k of (N * G)
             count.index_add_(0, choice, torch.ones_like(choice, dtype=count.dtype))
             total.index_add_(0, choice, lack)
@@ -173,7 +188,9 @@ class Codebook(nn.Module):
     def _assign(self, a):
         """How many of a (G, N, d) are nearest to each code, and their sum: (G, C, 1), (G, C, d)."""
         ids, _ = self._nearest(a)
-        count = torch.zeros_like(self.usage).scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.float32))
+        count = torch.zeros_like(self.usage).scatter_add_(
+            1, ids, torch.ones_like(ids, dtype=torch.float32)
+        )
         total = torch.zeros_like(self.codes).scatter_add_(1, ids.unsqueeze(-1).expand_as(a), a)
         return count.unsqueeze(-1), total
 
@@ -191,7 +208,11 @@ class Codebook(nn.Module):
         """
         seeds = []
         for lot in torch.arange(n).tensor_split(min(16, n)):
-            weights = torch.ones(a.shape[:2], device=a.device) if nearest is None else nearest**power + 1e-12
+            weights = (
+                torch.ones(a.shape[:2], device=a.device)
+                if nearest is None
+                else nearest**power + 1e-12
+            )
             seeds.append(_take(a, torch.multinomial(weights, len(lot), generator=generator)))
             distance = self._nearest(a, seeds[-1])[1]
             nearest = distance if nearest is None else torch.minimum(nearest, distance)

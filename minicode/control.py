@@ -15,7 +15,9 @@ import torch
 from minicode.model import SITES, evaluating
 
 GENERATED = "generated"  # the positions at which the tokens after the prompt are sampled
-NOTATION = re.compile(r"(\w+)\.(\d+)(?:\.(\d+))?\.(\d+)(?:@(-?\d+))?")  # site, layer, head, code, position
+NOTATION = re.compile(
+    r"(\w+)\.(\d+)(?:\.(\d+))?\.(\d+)(?:@(-?\d+))?"
+)  # site, layer, head, code, position
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,9 @@ class Code:
 
     def __str__(self):
         head = f".{self.group}" if self.site.startswith("head") else ""
-        return f"{self.site}{head}.{self.id}" + ("" if self.position is None else f"@{self.position}")
+        return f"{self.site}{head}.{self.id}" + (
+            "" if self.position is None else f"@{self.position}"
+        )
 
     @classmethod
     def parse(cls, text, model):
@@ -42,12 +46,24 @@ class Code:
         if site not in SITES:
             raise ValueError(f"{text}: there is no site {site!r}; the sites are {', '.join(SITES)}")
         if (site == "head") != bool(head):
-            raise ValueError(f"{text}: a head's code, and no other, needs its head: head.LAYER.HEAD.CODE, as in head.0.3.12")
-        code = cls(f"{site}.{int(layer)}", int(head or 0), int(number), None if position is None else int(position))
+            raise ValueError(
+                f"{text}: a head's code, and no other, needs its head: head.LAYER.HEAD.CODE, as in head.0.3.12"
+            )
+        code = cls(
+            f"{site}.{int(layer)}",
+            int(head or 0),
+            int(number),
+            None if position is None else int(position),
+        )
         codebook = codebook_of(model, code.site, text)
-        for what, value, n in (("head", code.group, codebook.groups), ("code", code.id, codebook.n_codes)):
+        for what, value, n in (
+            ("head", code.group, codebook.groups),
+            ("code", code.id, codebook.n_codes),
+        ):
             if value >= n:
-                raise ValueError(f"{text}: {code.site} has no {what} {value}; its {what}s are 0 to {n - 1}")
+                raise ValueError(
+                    f"{text}: {code.site} has no {what} {value}; its {what}s are 0 to {n - 1}"
+                )
         block_size = model.config.block_size
         if code.position is not None and not -block_size <= code.position < block_size:
             raise ValueError(f"{text}: a position is less than the block_size of {block_size}")
@@ -95,7 +111,10 @@ def chosen(model, tokens):
 def random_codes(model, generator, codes):
     """Random codes in the place of those in a dict {"mlp.1": ids, ...}."""
     sizes = {site: codebook.n_codes for site, codebook in model.codebooks().items()}
-    return {s: torch.randint(sizes[s], ids.shape, generator=generator, device=ids.device) for s, ids in codes.items()}
+    return {
+        s: torch.randint(sizes[s], ids.shape, generator=generator, device=ids.device)
+        for s, ids in codes.items()
+    }
 
 
 def force(model, codes, position=None):
@@ -130,7 +149,9 @@ class _Edit:
         """The places in ids (B, T, G, k) that this edit is about: bool (1, T, G, 1)."""
         span, end = model.span, model.prompt_length or model.span.stop
         if len(self.ids) not in (1, len(ids)):
-            raise ValueError(f"{self.name}: there are codes for {len(self.ids)} sequences, but the input has {len(ids)}")
+            raise ValueError(
+                f"{self.name}: there are codes for {len(self.ids)} sequences, but the input has {len(ids)}"
+            )
         onwards = self.position in (None, GENERATED)
         first = {None: 0, GENERATED: end - 1}[self.position] if onwards else self.position
         first += end if first < 0 else 0
@@ -155,9 +176,13 @@ class _Control:
         for edit in blocked:
             bad |= edit.where(self.model, ids) & (ids == edit.ids)
         if (bad.sum(-1) > ids.shape[-1] - k).any():
-            raise ValueError(f"{blocked[-1].name}: at most {n_codes - k} codes can be blocked at a site")
+            raise ValueError(
+                f"{blocked[-1].name}: at most {n_codes - k} codes can be blocked at a site"
+            )
         ids = ids.gather(-1, bad.sort(dim=-1, stable=True).indices)[..., :k]
-        forced = [(edit, edit.where(self.model, ids)) for edit in self.edits if edit.kind == "force"]
+        forced = [
+            (edit, edit.where(self.model, ids)) for edit in self.edits if edit.kind == "force"
+        ]
         held = torch.zeros_like(ids, dtype=torch.bool)  # slots that belong to forced codes
         for edit, place in forced:
             held |= place & (ids == edit.ids)
@@ -185,7 +210,9 @@ def _edit(model, codes, position, kind):
         yield
         for _, edit in edits:
             if edit.reached is False:
-                raise ValueError(f"{edit.name}@{edit.position} had no effect: no input was that long")
+                raise ValueError(
+                    f"{edit.name}@{edit.position} had no effect: no input was that long"
+                )
     finally:
         for codebook, edit in edits:
             codebook.control.edits.remove(edit)
@@ -203,7 +230,9 @@ def _read(model, codes, position, kind):
             wanted = f"({codebook.groups}, k) or (B, {codebook.groups}, k)"
             raise ValueError(f"{site}: ids must be {wanted}, not {tuple(ids.shape)}")
         if ids.numel() and not 0 <= ids.min() <= ids.max() < codebook.n_codes:
-            raise ValueError(f"{site}: its codes are 0 to {codebook.n_codes - 1}, not {ids.min()} to {ids.max()}")
+            raise ValueError(
+                f"{site}: its codes are 0 to {codebook.n_codes - 1}, not {ids.min()} to {ids.max()}"
+            )
         every = torch.ones(codebook.groups, 1, dtype=torch.bool, device=ids.device)
         columns = ids.view(-1, 1, *ids.shape[-2:]).split(1, dim=-1)  # k of (B or 1, 1, G, 1)
         edits += [(codebook, _Edit(kind, site, column, every, position)) for column in columns]

@@ -8,16 +8,13 @@ tokens 3 8, so the network never sees a state, only digits. A sequence is BOS, t
 
 import json
 import math
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import ClassVar
 
 import numpy as np
 import torch
 
-from minicode.control import chosen, force
-from minicode.model import choose, evaluating, option
+from minicode.runtime.options import option
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
@@ -34,12 +31,20 @@ class FSM:
     n_edges: int = option(10, "successors of a state, all equally probable")
     base: int = option(10, "base in which a state is written, 2 to 36")
     seed: int = option(0, "seed of the machine's edges", flag=None)
-    successors: np.ndarray | None = option(None, "the edges (N, n_edges), different in each row; none: drawn", flag=None)
+    successors: np.ndarray | None = option(
+        None, "the edges (N, n_edges), different in each row; none: drawn", flag=None
+    )
 
     def __post_init__(self):
-        if not 2 <= self.n_states <= 10_000 or not 2 <= self.base <= len(DIGITS) or not 1 <= self.n_edges <= self.n_states:
+        if (
+            not 2 <= self.n_states <= 10_000
+            or not 2 <= self.base <= len(DIGITS)
+            or not 1 <= self.n_edges <= self.n_states
+        ):
             needs = "n_states from 2 to 10,000, a base from 2 to 36, n_edges from 1 to n_states"
-            raise ValueError(f"a machine needs {needs}, not {(self.n_states, self.base, self.n_edges)}")
+            raise ValueError(
+                f"a machine needs {needs}, not {(self.n_states, self.base, self.n_edges)}"
+            )
         self.digits = 1  # a state's length in tokens
         while self.base**self.digits < self.n_states:
             self.digits += 1
@@ -47,7 +52,9 @@ class FSM:
         self.vocabulary = [*DIGITS[: self.base], "BOS"]  # the text of each token
         if self.successors is None:
             every = np.tile(np.arange(self.n_states), (self.n_states, 1))
-            self.successors = np.random.default_rng(self.seed).permuted(every, axis=1)[:, : self.n_edges]
+            self.successors = np.random.default_rng(self.seed).permuted(every, axis=1)[
+                :, : self.n_edges
+            ]
         self.successors = np.sort(self.successors, axis=1)
         self.transition_matrix = np.zeros((self.n_states, self.n_states))
         np.put_along_axis(self.transition_matrix, self.successors, 1 / self.n_edges, axis=1)
@@ -97,7 +104,9 @@ class FSM:
         """A sequence (T,) from BOS on, for people: its states, with an x before one that may not follow."""
         states = self.decode(tokens[1:])
         marks = ["", *(" -> " if ok else " -x " for ok in self.allowed(states))]
-        rest = "".join((DIGITS[: self.base] + "?")[d] for d in tokens[1 + len(states) * self.digits :])
+        rest = "".join(
+            (DIGITS[: self.base] + "?")[d] for d in tokens[1 + len(states) * self.digits :]
+        )
         text = "".join(mark + self.name(state) for mark, state in zip(marks, states))
         return f"{text} .. {rest}" if rest else text
 
@@ -106,11 +115,15 @@ class FSM:
         digits = "".join(text.lower().split())
         valid = DIGITS[: self.base]
         if not set(digits) <= set(valid):
-            raise ValueError(f"prompt {text!r}: write states as digits ({valid}), such as {self.name(self.n_states // 3)}")
+            raise ValueError(
+                f"prompt {text!r}: write states as digits ({valid}), such as {self.name(self.n_states // 3)}"
+            )
         tokens = [valid.index(digit) for digit in digits]
         if len(tokens) % self.digits or -1 in self.decode(tokens):
             last = self.name(self.n_states - 1)
-            raise ValueError(f"prompt {text!r} is not a list of states: they are {self.name(0)} to {last}")
+            raise ValueError(
+                f"prompt {text!r} is not a list of states: they are {self.name(0)} to {last}"
+            )
         return torch.tensor([[self.bos, *tokens]])
 
     # -- ground truth
@@ -121,7 +134,10 @@ class FSM:
     def texts(self, tokens):
         """The text of each token of tokens (n, T), with a space before each state."""
         space = 1 % self.digits
-        return [[" " * (i % self.digits == space) + self.vocabulary[t] for i, t in enumerate(row)] for row in tokens]
+        return [
+            [" " * (i % self.digits == space) + self.vocabulary[t] for i, t in enumerate(row)]
+            for row in tokens
+        ]
 
     def labelled(self, rng, n, length):
         """Sequences (n, length), and what is known of each position: {kind: (labels (n, length), -1 for none, names)}.
@@ -136,15 +152,27 @@ class FSM:
         ends = state[:, self.digits :: self.digits]
         ends[:] = self.decode(tokens[:, 1:])[:, : ends.shape[1]]
         firsts = trigram[:, self.digits + 1 :: self.digits]
-        firsts[:] = ends[:, : firsts.shape[1]] * self.base + digit[:, self.digits + 1 :: self.digits]
+        firsts[:] = (
+            ends[:, : firsts.shape[1]] * self.base + digit[:, self.digits + 1 :: self.digits]
+        )
         digits, states = self.vocabulary[: self.base], [self.name(s) for s in range(self.n_states)]
-        pairs, trigrams = [x + y for x in digits for y in digits], [f"{s} {d}" for s in states for d in digits]
-        return tokens, {"state": (state, states), "trigram": (trigram, trigrams), "bigram": (bigram, pairs), "digit": (digit, digits)}
+        pairs, trigrams = (
+            [x + y for x in digits for y in digits],
+            [f"{s} {d}" for s in states for d in digits],
+        )
+        return tokens, {
+            "state": (state, states),
+            "trigram": (trigram, trigrams),
+            "bigram": (bigram, pairs),
+            "digit": (digit, digits),
+        }
 
     def prefixes(self):
         """Every state as a prompt, and every state with each first digit that may follow: tokens (n, T) each."""
         states = self.runs(np.arange(self.n_states))
-        s, d = np.nonzero(self.transition_matrix @ np.eye(self.base)[self.encode(np.arange(self.n_states))[:, 0]])
+        s, d = np.nonzero(
+            self.transition_matrix @ np.eye(self.base)[self.encode(np.arange(self.n_states))[:, 0]]
+        )
         return states, torch.cat((states[s], torch.from_numpy(d)[:, None]), dim=1)
 
     def loss_floor(self, length):
@@ -154,11 +182,15 @@ class FSM:
         changes from step to step, and a state cut off by the end are all counted as they are.
         """
         n, rest = divmod(length, self.digits)
-        rows = np.concatenate((self.transition_matrix, np.full((1, self.n_states), 1 / self.n_states)))  # the last: at first
+        rows = np.concatenate(
+            (self.transition_matrix, np.full((1, self.n_states), 1 / self.n_states))
+        )  # the last: at first
 
         def entropy(n_digits):
             """Of the first n_digits digits of the next state, given the one before, in nats: (N + 1)."""
-            p = np.add.reduceat(rows, np.arange(0, self.n_states, self.base ** (self.digits - n_digits)), axis=1)
+            p = np.add.reduceat(
+                rows, np.arange(0, self.n_states, self.base ** (self.digits - n_digits)), axis=1
+            )
             return -(p * np.log(np.where(p > 0, p, 1))).sum(1)
 
         before, total, whole = np.eye(self.n_states + 1)[-1], 0.0, entropy(self.digits)
@@ -166,101 +198,18 @@ class FSM:
             total, before = total + before @ whole, np.append(before @ rows, 0)
         return float((total + before @ entropy(rest)) / length)
 
-    # -- measures of a model
-
-    def transition_accuracy(self, model, generator=None, n=100):
-        """Of n sequences sampled from BOS alone, the share of transitions that the machine allows."""
-        start = torch.full((n, 1), self.bos, device=model.device)
-        tokens = model.generate(start, model.config.block_size, generator=generator)
-        return float(self.allowed(self.decode(tokens[:, 1:].cpu())).mean())
-
-    def next_state_probabilities(self, model):
-        """Probability of each next state after the prompt BOS s, for every state s: (N, N)."""
-        n_heads = -(-self.n_states // self.base)  # a head is all digits of the next state but the last
-        heads, tables = torch.from_numpy(self.encode(np.arange(n_heads))[:, 1:]), []  # (P, digits - 1)
-        for runs in self.runs(np.arange(self.n_states)).split(max(1, 2000 // n_heads)):
-            tokens = torch.cat((runs.repeat_interleave(n_heads, 0), heads.repeat(len(runs), 1)), dim=1)
-            with evaluating(model):
-                logits, _ = model(tokens.to(model.device))
-            log_p = logits[:, -self.digits :].double().log_softmax(-1).cpu()
-            head = log_p[:, :-1].gather(-1, tokens[:, 1 + self.digits :, None]).sum(1)  # (S * P, 1)
-            tables.append((head + log_p[:, -1, : self.base]).exp().view(len(runs), -1)[:, : self.n_states])
-        return torch.cat(tables).numpy()
-
-    def first_transition_accuracy(self, model):
-        """For every state as the prompt: the overlap of the n_edges most probable next states with the true ones."""
-        best = np.argsort(-self.next_state_probabilities(model), axis=1, kind="stable")[:, : self.n_edges]
-        return float((np.take_along_axis(self.transition_matrix, best, axis=1) > 0).mean())
-
-    def measures(self, model, seed, tokens, loss):
-        """What only the machine can tell of a model and its loss on sequences (n, T); the training loop adds the rest."""
-        generator = torch.Generator(model.device).manual_seed(seed)
-        return {
-            "transition_accuracy": self.transition_accuracy(model, generator),
-            "first_transition_accuracy": self.first_transition_accuracy(model),
-            "loss_floor": self.loss_floor(tokens.shape[1] - 1),
-        }
+    def measures(self, tokens, loss):
+        """What a loss on sequences (n, T) is held against."""
+        return {"loss_floor": self.loss_floor(tokens.shape[1] - 1)}
 
     # -- control
 
     def runs(self, states):
         """The prompts BOS s for states (n): tokens (n, 1 + digits)."""
         states = np.asarray(states)
-        return torch.from_numpy(np.concatenate((np.full((len(states), 1), self.bos), self.encode(states)), axis=1))
-
-    def steer(self, model, tokens, b, intervene, generator=None, temperature=1.0, top_k=None):
-        """Continues runs (n, T) by one state each, as if they were in the states b (n).
-
-        intervene(tokens, b_run) is asked before each digit what to do at the run's last position to make it go on as
-        b_run does, which is BOS b and the digits sampled since; it returns a function that makes a context manager,
-        such as partial(force, model, codes, position). The interventions of earlier digits stay in place.
-        Returns tokens (n, T + digits), and for each digit the logits (n, vocab_size) of the runs and of b's own.
-        """
-        tokens, b_run = tokens.to(model.device), self.runs(b).to(model.device)
-        edits, logits = [], []
-        for _ in range(self.digits):
-            edits.append(intervene(tokens, b_run))
-            with evaluating(model):
-                own = model(b_run)[0][:, -1].float()
-                with ExitStack() as stack:
-                    for edit in edits:
-                        stack.enter_context(edit())
-                    steered = model(tokens)[0][:, -1].float()
-            logits.append((steered, own))
-            new = choose(steered, temperature, top_k, generator)
-            tokens, b_run = torch.cat((tokens, new), dim=1), torch.cat((b_run, new), dim=1)
-        return tokens, logits
-
-    def copy_codes(self, model, sites, change=lambda codes: codes):
-        """An `intervene` for steer: forces at `sites` what b's run chooses there, or what `change` makes of it."""
-
-        def intervene(tokens, b_run):
-            codes = {site: ids for site, ids in chosen(model, b_run).items() if site in sites}
-            return partial(force, model, change(codes), tokens.shape[1] - 1)
-
-        return intervene
-
-    def control(self, model, tokens, b, intervene, generator=None):
-        """How far runs (n, T), steered by one state, go on as runs in the states b (n) do.
-
-        control: the share of next states that are successors of b; chance is n_edges / n_states. jsd, kl: divergence, in
-        nats, of the distributions of the next digit from those of b's own run, averaged over the digits of the state.
-        """
-        figures = np.zeros(3)
-        for part in torch.arange(len(b)).split(4096):
-            after, logits = self.steer(model, tokens[part], b[part], intervene, generator)
-            state = self.decode(after[:, -self.digits :].cpu())[:, 0]
-            figures[0] += ((state >= 0) & (self.transition_matrix[b[part], state] > 0)).sum()
-            for p, own in (pair.softmax(-1) for pair in map(torch.stack, logits)):
-                figures[1] += jsd(p, own).sum().item() / self.digits
-                figures[2] += kl(own, p).sum().item() / self.digits
-        return dict(zip(("control", "jsd", "kl"), (figures / len(b)).tolist()))
-
-    def pairs(self, most=10_000):
-        """All pairs of different states a, b, or so many of them, drawn at random: two arrays."""
-        every = np.flatnonzero(~np.eye(self.n_states, dtype=bool))
-        every = np.random.default_rng(0).permutation(every)[:most] if len(every) > most else every
-        return every // self.n_states, every % self.n_states
+        return torch.from_numpy(
+            np.concatenate((np.full((len(states), 1), self.bos), self.encode(states)), axis=1)
+        )
 
     # -- files
 
@@ -283,19 +232,19 @@ class FSM:
         numbers = {name: value for name, value in data.items() if name != "successors"}
         if not all(type(value) is int for value in numbers.values()):
             raise ValueError(f"the numbers of a machine must be whole, not {numbers}")
-        n_states, n_edges, ordered = data["n_states"], data["n_edges"], np.sort(np.asarray(data["successors"]), axis=-1)
+        n_states, n_edges, ordered = (
+            data["n_states"],
+            data["n_edges"],
+            np.sort(np.asarray(data["successors"]), axis=-1),
+        )
         fits = ordered.shape == (n_states, n_edges) and ordered.dtype.kind == "i"
-        if not fits or ordered.min() < 0 or ordered.max() >= n_states or (ordered[:, 1:] == ordered[:, :-1]).any():
-            raise ValueError(f"successors must be {n_edges} different states for each of {n_states}")
+        if (
+            not fits
+            or ordered.min() < 0
+            or ordered.max() >= n_states
+            or (ordered[:, 1:] == ordered[:, :-1]).any()
+        ):
+            raise ValueError(
+                f"successors must be {n_edges} different states for each of {n_states}"
+            )
         return cls(**{**data, "successors": ordered})
-
-
-def kl(p, q):
-    """Kullback-Leibler divergence of q from p, in nats: distributions (..., n), giving (...)."""
-    return torch.special.xlogy(p, p / q.clamp_min(1e-30)).sum(-1)
-
-
-def jsd(p, q):
-    """Jensen-Shannon divergence of distributions (..., n), in nats: 0 for equal, ln 2 for disjoint ones."""
-    middle = (p + q) / 2
-    return (kl(p, middle) + kl(q, middle)) / 2

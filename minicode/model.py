@@ -1,36 +1,31 @@
 """A GPT with codebook sites: nanoGPT's shape, with a codebook wherever one is asked for.
 
-    site      where                                         sees
-    head      each head's output, before the projection     (B, T, n_head * head_dim), a codebook a head
-    attn      the attention block's output                  (B, T, n_embd)
-    mlp_mid   the MLP's hidden activation                   (B, T, 4 * n_embd)
-    mlp       the MLP block's output                        (B, T, n_embd)
-    block     the residual stream after the block           (B, T, n_embd)
+site      where                                         sees
+head      each head's output, before the projection     (B, T, n_head * head_dim), a codebook a head
+attn      the attention block's output                  (B, T, n_embd)
+mlp_mid   the MLP's hidden activation                   (B, T, 4 * n_embd)
+mlp       the MLP block's output                        (B, T, n_embd)
+block     the residual stream after the block           (B, T, n_embd)
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from minicode.codebook import Codebook
+from minicode.runtime.options import number, option
 from minicode.topk import SIMILARITIES
 
-SITES = ("head", "attn", "mlp_mid", "mlp", "block")  # in the order in which a block runs through them
-
-
-def option(default, help, flag={}, **valid):
-    """A dataclass field whose documentation is the help of its flag; least, below and choices are what is valid.
-
-    flag: how argparse reads it, where that does not follow from the field's type; None where it is no flag.
-    """
-    return field(default=default, metadata={"help": help, "flag": flag, **valid})
-
-
-def number(text):
-    return None if text == "none" else float(text)
+SITES = (
+    "head",
+    "attn",
+    "mlp_mid",
+    "mlp",
+    "block",
+)  # in the order in which a block runs through them
 
 
 @dataclass
@@ -40,30 +35,43 @@ class GPTConfig:
     n_layer: int = option(2, "transformer blocks", least=1)
     n_head: int = option(4, "attention heads a block", least=1)
     n_embd: int = option(64, "dimensions of the residual stream", least=1)
-    codebooks: str = option("head,mlp", "sites with codebooks, of head,attn,mlp_mid,mlp,block; or none")
+    codebooks: str = option(
+        "head,mlp", "sites with codebooks, of head,attn,mlp_mid,mlp,block; or none"
+    )
     n_codes: int = option(960, "codes in a codebook", least=1)
     n_codes_head: int = option(16, "codes in the codebook of one head", least=1)
     k: int = option(1, "codes chosen at a site and position", least=1)
-    similarity: str = option("distance", "what a code is chosen by: distance, dot or, as in the paper, cosine: accuracy 0.49", choices=SIMILARITIES)
+    similarity: str = option(
+        "distance",
+        "what a code is chosen by: distance, dot or, as in the paper, cosine: accuracy 0.49",
+        choices=SIMILARITIES,
+    )
     decay: float | None = option(
         None, "codes are moving averages with this decay a step, such as 0.98; none: learnt by gradient",
         {"type": number, "metavar": "number"}, least=0, below=1,
     )  # fmt: skip
-    layer_norm: bool = option(False, "a LayerNorm before each codebook: helps random codes, costs codes from k-means 3 points")
+    layer_norm: bool = option(
+        False,
+        "a LayerNorm before each codebook: helps random codes, costs codes from k-means 3 points",
+    )
 
     def sites(self):
         """The sites that have codebooks, in the order of SITES."""
         names = [] if self.codebooks in ("", "none") else self.codebooks.split(",")
         for name in names:
             if name not in SITES:
-                raise ValueError(f"codebooks: there is no site {name!r}; the sites are {', '.join(SITES)}, or none")
+                raise ValueError(
+                    f"codebooks: there is no site {name!r}; the sites are {', '.join(SITES)}, or none"
+                )
         return [site for site in SITES if site in names]
 
     def __post_init__(self):
         for f in fields(self):
             value, valid = getattr(self, f.name), f.metadata
             if "choices" in valid and value not in valid["choices"]:
-                raise ValueError(f"{f.name} must be one of {', '.join(valid['choices'])}, not {value!r}")
+                raise ValueError(
+                    f"{f.name} must be one of {', '.join(valid['choices'])}, not {value!r}"
+                )
             if "least" in valid and value is not None and not value >= valid["least"]:
                 raise ValueError(f"{f.name} must be at least {valid['least']}, not {value}")
             if "below" in valid and value is not None and not value < valid["below"]:
@@ -73,7 +81,9 @@ class GPTConfig:
         for site in self.sites():
             n_codes = self.n_codes_head if site == "head" else self.n_codes
             if self.k > n_codes:
-                raise ValueError(f"k ({self.k}) is more than the {n_codes} codes of a {site} codebook")
+                raise ValueError(
+                    f"k ({self.k}) is more than the {n_codes} codes of a {site} codebook"
+                )
 
 
 def site(config, name, dim, groups=1):
@@ -81,7 +91,9 @@ def site(config, name, dim, groups=1):
     if name not in config.sites():
         return nn.Identity()
     n_codes = config.n_codes_head if name == "head" else config.n_codes
-    return Codebook(n_codes, dim // groups, config.k, groups, config.similarity, config.decay, config.layer_norm)
+    return Codebook(
+        n_codes, dim // groups, config.k, groups, config.similarity, config.decay, config.layer_norm
+    )
 
 
 class CausalSelfAttention(nn.Module):
@@ -95,14 +107,24 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cache=None):
         q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, n_embd) each
-        q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in (q, k, v))  # (B, H, T, d)
+        q, k, v = (
+            y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in (q, k, v)
+        )  # (B, H, T, d)
         if cache is not None:  # {layer: (k, v)} of the positions before
             if self in cache:
-                k, v = (torch.cat(pair, dim=2) for pair in zip(cache[self], (k, v)))  # (B, H, past + T, d)
+                k, v = (
+                    torch.cat(pair, dim=2) for pair in zip(cache[self], (k, v))
+                )  # (B, H, past + T, d)
             cache[self] = k, v
         new, seen = q.shape[2], k.shape[2]
-        mask = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new) if seen > new else None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # (B, H, T, d)
+        mask = (
+            torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
+            if seen > new
+            else None
+        )
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None
+        )  # (B, H, T, d)
         y = self.head_codebook(y.transpose(1, 2).flatten(-2))  # (B, T, n_embd)
         return self.attn_codebook(self.c_proj(y))
 
@@ -150,7 +172,10 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.span, self.prompt_length = range(0), None  # for minicode.control: see forward and generate
+        self.span, self.prompt_length = (
+            range(0),
+            None,
+        )  # for minicode.control: see forward and generate
         for name, parameter in self.named_parameters():
             if name.endswith(".codes") or parameter.dim() < 2:
                 continue
@@ -181,25 +206,37 @@ class GPT(nn.Module):
     def forward(self, tokens, targets=None, cache=None):
         past, n_tokens = (cache[self.h[0].attn][0].shape[2] if cache else 0), tokens.shape[1]
         if past + n_tokens > self.config.block_size:
-            raise ValueError(f"{past + n_tokens} tokens are more than the block_size of {self.config.block_size}")
+            raise ValueError(
+                f"{past + n_tokens} tokens are more than the block_size of {self.config.block_size}"
+            )
         self.span = range(past, past + n_tokens)  # the positions of this call
         x = self.wte(tokens) + self.wpe.weight[past : past + n_tokens]  # (B, T, n_embd)
         for block in self.h:
             x = block(x, cache)
         logits = self.lm_head(self.ln_f(x))  # (B, T, vocab_size)
-        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return logits, None if targets is None else F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten()
+        )
 
-    def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None, generator=None, use_cache=True):
+    def generate(
+        self, tokens, max_new_tokens, temperature=1.0, top_k=None, generator=None, use_cache=True
+    ):
         """Continues tokens (B, T) to (B, T + max_new_tokens), sampling at `temperature`; 0 takes the most probable.
 
         With the cache each step runs one position; without it, all of them: the same tokens, more slowly.
         """
-        room = self.config.block_size + 1 - tokens.shape[1]  # the last token is not run through the model
+        room = (
+            self.config.block_size + 1 - tokens.shape[1]
+        )  # the last token is not run through the model
         if max_new_tokens > room:
             size = f"a prompt of {tokens.shape[1]} tokens leaves room for {max(0, room)} more"
-            raise ValueError(f"{size} in the block of {self.config.block_size}, not for {max_new_tokens}")
+            raise ValueError(
+                f"{size} in the block of {self.config.block_size}, not for {max_new_tokens}"
+            )
         cache = {} if use_cache else None
-        self.prompt_length = tokens.shape[1]  # so that position -1 goes on meaning the prompt's last
+        self.prompt_length = tokens.shape[
+            1
+        ]  # so that position -1 goes on meaning the prompt's last
         try:
             with evaluating(self):
                 for _ in range(max_new_tokens):

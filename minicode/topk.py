@@ -5,13 +5,11 @@ storing the N x C scores: by the extension in csrc/ where it can be built, else 
 `python -m minicode.topk` tells which, and builds it.
 """
 
-import threading
-from contextlib import contextmanager
-
 import torch
-import torch.nn.functional as F
 
-from minicode import extension
+from minicode.runtime import extension
+from minicode.runtime.gpu import coarse_pass
+from minicode.runtime.precision import float32_throughout
 
 SIMILARITIES = ("cosine", "distance", "dot")  # in the order of csrc/topk.h
 CHUNK = {"cpu": 1 << 21, "cuda": 1 << 24}  # floats held at a time: 8 MB, or 64
@@ -21,7 +19,9 @@ def definition(x, codes, k, similarity):
     """x (G, N, d), codes (G, C, d) -> scores, ids (G, N, k), best first; equal scores: the lower id first."""
     scale, offset = scale_and_offset(codes, similarity)
     scores = (x.float() @ codes.float().mT) * scale + offset
-    scores, ids = scores.masked_fill(scores.isnan(), -torch.inf).sort(dim=-1, descending=True, stable=True)
+    scores, ids = scores.masked_fill(scores.isnan(), -torch.inf).sort(
+        dim=-1, descending=True, stable=True
+    )
     return scores[..., :k], ids[..., :k]
 
 
@@ -56,7 +56,9 @@ def topk_codes(x, codes, k=1, similarity="cosine"):
 
 
 @torch.library.custom_op("minicode::topk_codes", mutates_args=())
-def _search(x: torch.Tensor, codes: torch.Tensor, k: int, similarity: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _search(
+    x: torch.Tensor, codes: torch.Tensor, k: int, similarity: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     # An operator of its own, so that torch.compile sees one node and autocast cannot halve its precision.
     device = x.device.type
     served = device in extension.load()[0] and (device == "cpu" or (k <= 32 and x.shape[1] >= 512))
@@ -70,71 +72,26 @@ def _search(x: torch.Tensor, codes: torch.Tensor, k: int, similarity: str) -> tu
         return search_in_chunks(x, codes, k, similarity, native)
 
 
-_lock, _held = threading.Lock(), []  # what was allowed before, once for each thread that searches
-
-
-@contextmanager
-def float32_throughout():
-    """No matmul in TF32 or bfloat16, whatever the user allows elsewhere; of several threads the last one out restores it."""
-    new = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # from torch 2.9 on; once used, the older calls raise errors
-    kinds = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if new else ()
-
-    def allow(values):
-        if not new:
-            return torch.set_float32_matmul_precision(*values)
-        for kind, value in zip(kinds, values):
-            kind.fp32_precision = value
-
-    with _lock:
-        before = [kind.fp32_precision for kind in kinds] if new else [torch.get_float32_matmul_precision()]
-        _held.append(_held[0] if _held else before)
-        allow(["ieee", "ieee"] if new else ["highest"])
-    try:
-        yield
-    finally:
-        with _lock:
-            before = _held.pop()
-            if not _held:
-                allow(before)
-
-
 def native(x, codes, k, similarity, coarse=True):
     """The extension's search, after a coarse pass where that is worth it. On a GPU it takes scales and offsets, and k up to 32."""
     if x.device.type == "cpu":
         return torch.ops.minicode_native.topk(x, codes, k, SIMILARITIES.index(similarity), coarse)
     scale, offset = scale_and_offset(codes, similarity)
     # To prepare a coarse pass has its cost, whatever the number of codes.
-    large = coarse and x.shape[2] >= 16 and codes.shape[1] >= 1024 and x.numel() * codes.shape[1] >= 1 << 33
-    prepared = coarse_pass(x, codes, scale, offset) if large and torch.cuda.get_device_capability(x.device) >= (8, 0) else []
-    return torch.ops.minicode_native.topk_cuda(x, codes, scale.contiguous(), offset.contiguous(), k, prepared)
-
-
-def coarse_pass(x, codes, scale, offset):
-    """What csrc/topk_coarse.cu takes: x and scale * codes less their means, in bfloat16; the offsets that go with these; for
-    each row of x twice the bound of the error. csrc/topk_coarse.cpp derives it; its x' and c' are `rows` and `table`."""
-
-    def length(v):
-        return torch.linalg.vector_norm(v, dim=-1) * 1.0001 + 1e-20  # above its rounding, and squares that underflow
-
-    (m, rows), (mu, table) = _centred(x), _centred(codes * scale.mT)
-    scale, offset = scale.squeeze(-2), offset.squeeze(-2)
-    plus, half_rows, half_table = (table * m).sum(-1) + offset, rows.bfloat16(), table.bfloat16()
-    row, row_lost, whole = length(rows), length(rows - half_rows), length(rows) + length(m)  # whole: at least |x|
-    of_codes = length(table), length(table - half_table), length(codes), torch.maximum(plus.abs(), offset.abs()), scale
-    code, code_lost, longest, largest, steepest = (v.amax(-1, keepdim=True) for v in of_codes)
-    sizes = (row + whole) * (2 * code + length(mu)) + largest
-    bound = row_lost * code + (row + row_lost) * code_lost + (x.shape[2] + 16) * 2**-22 * sizes
-    # Before they are scaled, products may underflow, which adds to the error; where they may overflow nothing is certain.
-    bound = (bound + 1e-40 * steepest).masked_fill(whole * longest > 1e37, torch.inf)
-    depth, width = -x.shape[2] % 32, -codes.shape[1] % 128
-    plus = F.pad(plus, (0, width), value=-torch.inf)
-    halves = F.pad(half_rows, (0, depth)), F.pad(half_table, (0, depth, 0, width))
-    return [*(half.contiguous() for half in halves), plus, 2.001 * bound + 1e-30]
-
-
-def _centred(v):
-    mean = v.mean(1, keepdim=True).nan_to_num(0, 0, 0)  # any will do
-    return mean, v - mean
+    large = (
+        coarse
+        and x.shape[2] >= 16
+        and codes.shape[1] >= 1024
+        and x.numel() * codes.shape[1] >= 1 << 33
+    )
+    prepared = (
+        coarse_pass(x, codes, scale, offset)
+        if large and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        else []
+    )
+    return torch.ops.minicode_native.topk_cuda(
+        x, codes, scale.contiguous(), offset.contiguous(), k, prepared
+    )
 
 
 def search_in_chunks(x, codes, k, similarity, search):
@@ -143,12 +100,16 @@ def search_in_chunks(x, codes, k, similarity, search):
     step = rows_at_once(x, codes, search)
     for start in range(0, x.shape[1], step):
         rows = slice(start, start + step)
-        scores[:, rows], ids[:, rows] = search(x[:, rows].float().contiguous(), codes, k, similarity)
+        scores[:, rows], ids[:, rows] = search(
+            x[:, rows].float().contiguous(), codes, k, similarity
+        )
     return scores, ids
 
 
 def rows_at_once(x, codes, search):
-    held = codes.shape[1] if search is in_pytorch else max(128, x.shape[2])  # for a row; 128: a GPU's list of candidates
+    held = (
+        codes.shape[1] if search is in_pytorch else max(128, x.shape[2])
+    )  # for a row; 128: a GPU's list of candidates
     return max(1, CHUNK.get(x.device.type, CHUNK["cpu"]) // (codes.shape[0] * held))
 
 
@@ -165,7 +126,9 @@ def in_pytorch(x, codes, k, similarity):
     if best.isnan().any():
         scores = scores.masked_fill(scores.isnan(), -torch.inf)
         best, ids = scores.topk(more, dim=-1)
-    tied = (best[..., k:] == best[..., k - 1 : k]).any(-1)  # of equal scores topk may have kept the wrong ones
+    tied = (best[..., k:] == best[..., k - 1 : k]).any(
+        -1
+    )  # of equal scores topk may have kept the wrong ones
     ids, order = ids[..., :k].sort(dim=-1)
     best, order = best.gather(-1, order).sort(dim=-1, descending=True, stable=True)
     ids = ids.gather(-1, order)
@@ -189,15 +152,19 @@ def _check(x, codes, k, similarity):
     if codes.dim() not in (2, 3):
         raise ValueError(f"codes must be (C, d) or (G, C, d), not {tuple(codes.shape)}")
     tail = codes.shape[-1:] if codes.dim() == 2 else (codes.shape[0], codes.shape[2])
-    if x.shape[-len(tail):] != tuple(tail) or x.shape[-1] == 0:
+    if x.shape[-len(tail) :] != tuple(tail) or x.shape[-1] == 0:
         wanted = ", ".join(str(n) for n in tail)
-        raise ValueError(f"x must be (..., {wanted}) to go with codes {tuple(codes.shape)}, not {tuple(x.shape)}")
+        raise ValueError(
+            f"x must be (..., {wanted}) to go with codes {tuple(codes.shape)}, not {tuple(x.shape)}"
+        )
     if x.device != codes.device:
         raise ValueError(f"x is on {x.device} but codes are on {codes.device}")
     if not isinstance(k, int) or isinstance(k, bool):
         raise TypeError(f"k must be an int, not {type(k).__name__}")
     if not 1 <= k <= codes.shape[-2]:
-        raise ValueError(f"k must be from 1 to the {codes.shape[-2]} codes of the codebook, not {k}")
+        raise ValueError(
+            f"k must be from 1 to the {codes.shape[-2]} codes of the codebook, not {k}"
+        )
     if similarity not in SIMILARITIES:
         raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}, not {similarity!r}")
 

@@ -3,7 +3,7 @@
 import sys
 
 from minicode.fsm import FSM
-from minicode.train import command, table
+from minicode.runtime.command import command, table
 
 # The default is our recipe. README.md, "What differs from the paper", has what each departure gains, and the command.
 PRESETS = {
@@ -24,7 +24,11 @@ def main(argv=None):
 
 def compare(summary):
     """A run's figures beside the loss floor, the released model, and its dense model."""
-    return table(summary, {"loss floor": {"loss": summary["loss_floor"]}, "released, 2.6 B tokens": RELEASED}, RELEASED)
+    return table(
+        summary,
+        {"loss floor": {"loss": summary["loss_floor"]}, "released, 2.6 B tokens": RELEASED},
+        RELEASED,
+    )
 
 
 if __name__ == "__main__":

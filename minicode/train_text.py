@@ -2,8 +2,8 @@
 
 import sys
 
-from minicode.text import Text
-from minicode.train import command, table
+from minicode.language.text import Text
+from minicode.runtime.command import command, table
 
 PRESETS = {
     "default": dict(
@@ -22,7 +22,9 @@ def compare(summary):
     """A run's figures beside those of its dense model, and of a model that knows each token's frequency alone."""
     unigram, dense = summary["loss_unigram"], summary["dense"]
     if dense:
-        gain_kept = (unigram - summary["loss"]) / (unigram - dense["loss"])  # of the dense model's gain over the unigram's
+        gain_kept = (unigram - summary["loss"]) / (
+            unigram - dense["loss"]
+        )  # of the dense model's gain over the unigram's
         summary = {**summary, "gain_kept": gain_kept}
     return table(summary, {"unigram": {"loss": unigram}}, ROWS)
 

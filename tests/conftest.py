@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from minicode import FSM, GPT, GPTConfig
-from minicode.run import FILES, MADE_LATER
+from minicode.runtime.runs import FILES, MADE_LATER
 from minicode.train_fsm import main as train_fsm
 
 torch.set_num_threads(1)  # the models here are far too small for two
@@ -14,7 +14,9 @@ TINY = (
 ).split()
 
 
-RUN_FILES = sorted({*FILES} - {"text.json", "tokens.bin", *MADE_LATER})  # of a finished run on TokFSM
+RUN_FILES = sorted(
+    {*FILES} - {"text.json", "tokens.bin", *MADE_LATER}
+)  # of a finished run on TokFSM
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +34,9 @@ def fsm():
 
 def make_model(codebooks="head,attn,mlp_mid,mlp,block", k=2, seed=0, **more):
     torch.manual_seed(seed)
-    settings = dict(vocab_size=5, block_size=12, n_layer=2, n_head=2, n_embd=16, n_codes=32, n_codes_head=8)
+    settings = dict(
+        vocab_size=5, block_size=12, n_layer=2, n_head=2, n_embd=16, n_codes=32, n_codes_head=8
+    )
     return GPT(GPTConfig(**{**settings, "codebooks": codebooks, "k": k, **more})).eval()
 
 

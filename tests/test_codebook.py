@@ -17,8 +17,13 @@ def plain(a, codes, k, similarity):
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "distance"])
-@pytest.mark.parametrize("k, groups, layer_norm", [(1, 1, False), (1, 4, False), (3, 1, False), (3, 4, False), (3, 2, True)])
-def test_output_losses_and_gradients_equal_autograd_of_the_plain_formula(k, groups, layer_norm, similarity):
+@pytest.mark.parametrize(
+    "k, groups, layer_norm",
+    [(1, 1, False), (1, 4, False), (3, 1, False), (3, 4, False), (3, 2, True)],
+)
+def test_output_losses_and_gradients_equal_autograd_of_the_plain_formula(
+    k, groups, layer_norm, similarity
+):
     torch.manual_seed(0)
     book = Codebook(11, 6, k, groups, similarity, layer_norm=layer_norm)
     x = torch.randn(5, 7, groups * 6, requires_grad=True)
@@ -33,7 +38,11 @@ def test_output_losses_and_gradients_equal_autograd_of_the_plain_formula(k, grou
     q, plain_out = plain(a, book.codes, k, similarity)
     torch.testing.assert_close(out.view(35, groups, 6), plain_out)
     torch.testing.assert_close(book.autoencoding, F.mse_loss(q, a))
-    plain_loss = (plain_out.view(5, 7, -1) * weight).sum() + 2 * F.mse_loss(q, a.detach()) + 3 * F.mse_loss(a, q.detach())
+    plain_loss = (
+        (plain_out.view(5, 7, -1) * weight).sum()
+        + 2 * F.mse_loss(q, a.detach())
+        + 3 * F.mse_loss(a, q.detach())
+    )
     for one, other in zip(got, torch.autograd.grad(plain_loss, (x, book.codes))):
         torch.testing.assert_close(one, other)
 
@@ -76,7 +85,10 @@ def test_codes_are_moving_averages_of_what_they_are_assigned(k):
             chosen = (ids[:, g] == c).any(-1)
             target = (a[chosen, g] - q[chosen, g] + before[g, c]).sum(0)
             n = chosen.sum()
-            count, total = 0.9 * 0.2 + 0.1 * n / (40 * k), 0.9 * 0.2 * before[g, c] + 0.1 * target / (40 * k)
+            count, total = (
+                0.9 * 0.2 + 0.1 * n / (40 * k),
+                0.9 * 0.2 * before[g, c] + 0.1 * target / (40 * k),
+            )
             torch.testing.assert_close(book.codes[g, c].data, total / count)
     assert not book.codes.requires_grad
 
@@ -96,7 +108,9 @@ def test_a_fixed_point_stays():
 def test_start_finds_separate_clusters_and_rare_ones():
     torch.manual_seed(0)
     centres = 100 * torch.randn(30, 2, 4)
-    which = torch.cat((torch.arange(30), torch.randint(2, (3000,))))  # 28 of the 30 clusters have one member
+    which = torch.cat(
+        (torch.arange(30), torch.randint(2, (3000,)))
+    )  # 28 of the 30 clusters have one member
     book = Codebook(40, 4, groups=2, similarity="distance")
     book.start((centres[which] + 0.01 * torch.randn(len(which), 2, 4)).flatten(1))
     q = book.eval()(centres.flatten(1)).view(30, 2, 4)

@@ -13,7 +13,9 @@ def run(model, tokens):
     """Logits, and the outputs of all codebooks."""
     outputs = {}
     hooks = [
-        codebook.register_forward_hook(lambda module, inputs, output, name=name: outputs.update({name: output}))
+        codebook.register_forward_hook(
+            lambda module, inputs, output, name=name: outputs.update({name: output})
+        )
         for name, codebook in model.codebooks().items()
     ]
     logits = model(tokens)[0]
@@ -35,7 +37,9 @@ def test_forcing_the_active_codes_changes_nothing_to_the_last_bit(k, train_mode,
 
 @pytest.mark.parametrize("train_mode", [False, True])
 @pytest.mark.parametrize("name, text", [("mlp.1", "mlp.1.{}@4"), ("head.1", "head.1.1.{}@4")])
-def test_forcing_another_changes_the_output_by_the_difference_of_the_codes(name, text, train_mode, fsm):
+def test_forcing_another_changes_the_output_by_the_difference_of_the_codes(
+    name, text, train_mode, fsm
+):
     model, tokens = make_model("head,mlp", k=1).train(train_mode), make_tokens(fsm)
     group, codebook = (1 if name == "head.1" else 0), model.codebooks()[name]
     with record(model) as codes:
@@ -69,7 +73,11 @@ def test_a_forced_code_takes_the_place_of_the_weakest(fsm):
     assert chosen(spare) == [best, second, spare]
     assert chosen(spare, other) == [best, other, spare]
     assert chosen(third) == chosen(second, third) == [best, second, third]
-    assert chosen(spare, third) == [best, spare, third]  # the weakest is forced itself: the next one yields
+    assert chosen(spare, third) == [
+        best,
+        spare,
+        third,
+    ]  # the weakest is forced itself: the next one yields
     with force(model, f"mlp.0.{third}@5"):  # and the same when the two are forced by nested blocks
         assert chosen(spare) == [best, spare, third]
 
@@ -167,7 +175,9 @@ def test_record_joins_cached_passes_and_begins_anew_without(fsm):
         tokens = model.generate(prompt, 5, 0)
         cached = {name: ids.clone() for name, ids in codes.items()}
         model(tokens[:, :-1])
-    assert all(torch.equal(codes[name], cached[name]) for name in codes) and cached["mlp.0"].shape == (2, 7, 1, 2)
+    assert all(torch.equal(codes[name], cached[name]) for name in codes) and cached[
+        "mlp.0"
+    ].shape == (2, 7, 1, 2)
 
 
 def test_notation():
@@ -201,12 +211,19 @@ def test_codes_that_can_not_be_forced(code, words):
 
 def test_contradictions(fsm):
     model, tokens = make_model("mlp", k=2), make_tokens(fsm, length=4)
-    for forced, blocked in (("mlp.0.3@2", "mlp.0.3"), ("mlp.0.3@-1", "mlp.0.3@3"), ("mlp.0.3", "mlp.0.3@0")):
+    for forced, blocked in (
+        ("mlp.0.3@2", "mlp.0.3"),
+        ("mlp.0.3@-1", "mlp.0.3@3"),
+        ("mlp.0.3", "mlp.0.3@0"),
+    ):
         with pytest.raises(ValueError, match="mlp.0.3 is both forced and blocked"):
             with force(model, forced), block(model, blocked):
                 model(tokens)
     for codes in (["mlp.0.1", "mlp.0.2", "mlp.0.3"], ["mlp.0.1", "mlp.0.2@-1", "mlp.0.3@3"]):
-        with pytest.raises(ValueError, match="at most 2 codes can be forced at a site"), force(model, codes):
+        with (
+            pytest.raises(ValueError, match="at most 2 codes can be forced at a site"),
+            force(model, codes),
+        ):
             model(tokens)
     for codes in (["mlp.0.1", "mlp.0.1@2", "mlp.0.3"], ["mlp.0.1@1", "mlp.0.2@1", "mlp.0.3@2"]):
         with force(model, codes):  # they never meet, or are the same
@@ -222,7 +239,10 @@ def test_contradictions(fsm):
     model.use_codebooks(False)
     with pytest.raises(ValueError, match="switched off"), force(model, "mlp.0.3"):
         pass
-    with pytest.raises(ValueError, match="it has none at all"), force(make_model("none"), "mlp.0.3"):
+    with (
+        pytest.raises(ValueError, match="it has none at all"),
+        force(make_model("none"), "mlp.0.3"),
+    ):
         pass
 
 
@@ -230,5 +250,8 @@ def test_an_intervention_that_never_acted_is_an_error(fsm):
     model = make_model("mlp")
     with pytest.raises(ValueError, match="mlp.0.3@9 had no effect"), force(model, "mlp.0.3@9"):
         model(make_tokens(fsm, length=8))
-    with pytest.raises(ValueError, match="before the start of the prompt"), force(model, "mlp.0.3@-9"):
+    with (
+        pytest.raises(ValueError, match="before the start of the prompt"),
+        force(model, "mlp.0.3@-9"),
+    ):
         model(make_tokens(fsm, length=8))

@@ -10,7 +10,8 @@ import pytest
 import torch
 from test_topk import make, same_but_for_rounding
 
-from minicode import extension, topk_codes
+from minicode import topk_codes
+from minicode.runtime import extension
 from minicode.topk import SIMILARITIES, coarse_pass, scale_and_offset
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +21,15 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90"])
 @pytest.mark.parametrize("name", ["topk_cuda", "topk_coarse"])
 def test_kernels_compile_alone(name, arch, tmp_path):
-    command = ["nvcc", "-std=c++17", f"-arch={arch}", "-c", str(ROOT / "csrc" / f"{name}.cu"), "-o", str(tmp_path / "topk.o")]
+    command = [
+        "nvcc",
+        "-std=c++17",
+        f"-arch={arch}",
+        "-c",
+        str(ROOT / "csrc" / f"{name}.cu"),
+        "-o",
+        str(tmp_path / "topk.o"),
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
@@ -43,13 +52,34 @@ def search(tmp_path_factory):
         scores, ids = torch.full((*x.shape[:2], k), 7.0), torch.full((*x.shape[:2], k), -7)
         scale, offset = scale_and_offset(codes, similarity)
         inputs = coarse_pass(x, codes, scale, offset) if coarse else []
-        lists, counts = torch.empty(*x.shape[:2], 128, dtype=torch.int64), torch.full(x.shape[:2], -7, dtype=torch.int32)
+        lists, counts = (
+            torch.empty(*x.shape[:2], 128, dtype=torch.int64),
+            torch.full(x.shape[:2], -7, dtype=torch.int32),
+        )
         pointers = [tensor.data_ptr() for tensor in (*inputs, lists, counts)]
         # The fields of Search and CoarsePass in csrc/topk.h, all of eight bytes.
         sizes = *x.shape[:2], *codes.shape[1:], k, 2
-        numbers = torch.tensor([x.data_ptr(), *x.stride()[:2], codes.data_ptr(), *sizes, scores.data_ptr(), ids.data_ptr()])
-        more = torch.tensor([*pointers[:2], inputs[0].shape[2], inputs[1].shape[1], *pointers[2:]] if coarse else [0] * 8)
-        done = function(numbers.data_ptr(), scale.contiguous().data_ptr(), offset.contiguous().data_ptr(), more.data_ptr())
+        numbers = torch.tensor(
+            [
+                x.data_ptr(),
+                *x.stride()[:2],
+                codes.data_ptr(),
+                *sizes,
+                scores.data_ptr(),
+                ids.data_ptr(),
+            ]
+        )
+        more = torch.tensor(
+            [*pointers[:2], inputs[0].shape[2], inputs[1].shape[1], *pointers[2:]]
+            if coarse
+            else [0] * 8
+        )
+        done = function(
+            numbers.data_ptr(),
+            scale.contiguous().data_ptr(),
+            offset.contiguous().data_ptr(),
+            more.data_ptr(),
+        )
         assert done == (k <= 32)
         return (scores, ids, counts) if coarse else (scores, ids)
 
@@ -72,7 +102,10 @@ def test_equal_scores_nan_and_infinity(search, k):
     _, ids = search(torch.tensor([[[2.0, 1.0]]]), codes, k, "dot")
     assert ids[0, 0].tolist() == list(range(0, 2 * k, 2))
     codes = torch.tensor([torch.nan, -torch.inf, 1, -torch.inf, torch.nan, 2]).view(1, 6, 1)
-    assert search(torch.ones(1, 1, 1), codes, 5, "dot")[1].flatten()[:k].tolist() == [5, 2, 0, 1, 3][:k]
+    assert (
+        search(torch.ones(1, 1, 1), codes, 5, "dot")[1].flatten()[:k].tolist()
+        == [5, 2, 0, 1, 3][:k]
+    )
     codes = torch.randn(1, 40, 4)
     codes[0, ::2] = torch.nan
     codes[0, 1] = torch.inf
@@ -100,7 +133,9 @@ def test_strided_rows(search):
     for k in (1, 4):
         same = search(view.contiguous(), codes, k, "distance")
         for coarse in (False, True):
-            assert all(torch.equal(a, b) for a, b in zip(same, search(view, codes, k, "distance", coarse)))
+            assert all(
+                torch.equal(a, b) for a, b in zip(same, search(view, codes, k, "distance", coarse))
+            )
 
 
 def same_bits(search, x, codes, k, similarity):
@@ -116,11 +151,18 @@ def same_bits(search, x, codes, k, similarity):
 def test_the_coarse_pass_gives_the_same_bits(search, kind):
     generator = torch.Generator().manual_seed(0)
     given_up = []
-    for n_groups, n_rows, n_codes, dim, k in ((2, 130, 300, 31, 1), (1, 33, 700, 70, 8), (3, 5, 257, 3, 1), (1, 40, 900, 128, 32)):
+    for n_groups, n_rows, n_codes, dim, k in (
+        (2, 130, 300, 31, 1),
+        (1, 33, 700, 70, 8),
+        (3, 5, 257, 3, 1),
+        (1, 40, 900, 128, 32),
+    ):
         for similarity in SIMILARITIES[: 1 if k == 32 else 3]:
             x, codes = make(kind, n_groups, n_rows, n_codes, dim, generator)
             given_up.append((same_bits(search, x, codes, k, similarity) == 0).float().mean())
-    assert sum(given_up) / len(given_up) <= (0.6 if kind == "scales" else 0.1)  # it is the coarse pass that was tested
+    assert sum(given_up) / len(given_up) <= (
+        0.6 if kind == "scales" else 0.1
+    )  # it is the coarse pass that was tested
 
 
 @pytest.mark.parametrize("k", [1, 4])
@@ -136,14 +178,18 @@ def test_inputs_that_sit_on_the_error_bound(search, k):
     codes[0, 150, 0] = 1 + 2 * h
     codes = torch.cat((codes, -codes), 1)
     counts = same_bits(search, x, codes, k, "dot")
-    assert (search(x, codes, k, "dot", coarse=True)[1][0, ::2, 0] == 150).all() and (counts[0, ::2] > 0).all()
+    assert (search(x, codes, k, "dot", coarse=True)[1][0, ::2, 0] == 150).all() and (
+        counts[0, ::2] > 0
+    ).all()
 
 
 @pytest.mark.parametrize("k", [1, 6])
 def test_candidates_are_the_codes_within_the_bound(search, k):
     torch.manual_seed(0)
     x, codes = torch.randn(2, 50, 48), torch.randn(2, 700, 48)
-    half_x, half_codes, offset, twice_bound = coarse_pass(x, codes, *scale_and_offset(codes, "distance"))
+    half_x, half_codes, offset, twice_bound = coarse_pass(
+        x, codes, *scale_and_offset(codes, "distance")
+    )
     scores = half_x.float() @ half_codes.float().mT + offset.unsqueeze(1)
     wanted = (scores > scores.topk(k).values[..., -1:] - twice_bound.unsqueeze(-1)).sum(-1)
     counts = search(x, codes, k, "distance", coarse=True)[2]
@@ -198,7 +244,14 @@ def gpu():
 
     def arguments(x, codes, k, similarity, coarse):
         scale, offset = scale_and_offset(codes, similarity)
-        return x, codes, scale.contiguous(), offset.contiguous(), k, coarse_pass(x, codes, scale, offset) if coarse else []
+        return (
+            x,
+            codes,
+            scale.contiguous(),
+            offset.contiguous(),
+            k,
+            coarse_pass(x, codes, scale, offset) if coarse else [],
+        )
 
     return arguments
 
@@ -212,13 +265,22 @@ def same(found, wanted):
 
 
 def test_gpu_random_shapes(gpu):
-    draw, generator, topk_cuda = random.Random(0), torch.Generator().manual_seed(0), torch.ops.minicode_native.topk_cuda
+    draw, generator, topk_cuda = (
+        random.Random(0),
+        torch.Generator().manual_seed(0),
+        torch.ops.minicode_native.topk_cuda,
+    )
     for _ in range(60):
         n_groups, n_rows = draw.choice([1, 1, 2, 5]), draw.choice([1, 31, 33, 127, 128, 129, 1000])
-        n_codes, dim = draw.choice([33, 127, 128, 129, 1000, 3001]), draw.choice([1, 7, 16, 32, 33, 96, 128, 257])
+        n_codes, dim = (
+            draw.choice([33, 127, 128, 129, 1000, 3001]),
+            draw.choice([1, 7, 16, 32, 33, 96, 128, 257]),
+        )
         k, similarity = draw.choice([1, 1, 2, 8, 32]), draw.choice(SIMILARITIES)
         kind = draw.choice(["plain", "common", "near", "scales", "equal"])
-        x, codes = (tensor.cuda() for tensor in make(kind, n_groups, n_rows, n_codes, dim, generator))
+        x, codes = (
+            tensor.cuda() for tensor in make(kind, n_groups, n_rows, n_codes, dim, generator)
+        )
         wanted = topk_cuda(*gpu(x, codes, k, similarity, False))
         same_but_for_rounding(x, codes, k, similarity, *wanted)
         if has_tensor_cores():
@@ -226,7 +288,9 @@ def test_gpu_random_shapes(gpu):
             assert same(topk_cuda(*gpu(x, codes, k, similarity, True)), wanted), case
             some = x[:, ::2, : dim // 2 + 1]  # rows that are not contiguous, nor aligned
             part = codes[..., : dim // 2 + 1].contiguous()
-            results = [topk_cuda(*gpu(some, part, k, similarity, coarse)) for coarse in (False, True)]
+            results = [
+                topk_cuda(*gpu(some, part, k, similarity, coarse)) for coarse in (False, True)
+            ]
             assert same(*results), case
 
 
@@ -235,16 +299,25 @@ def test_gpu_rows_that_are_not_finite(gpu, k):
     torch.manual_seed(0)
     x, codes = torch.randn(2, 300, 40, device="cuda"), torch.randn(2, 500, 40, device="cuda")
     x[1, 3, 5], x[1, 4], x[1, 40], x[0, 41] = torch.nan, torch.inf, 1e30, 1e-30
-    scores, ids = torch.ops.minicode_native.topk_cuda(*gpu(x, codes, k, "cosine", has_tensor_cores()))
-    assert same((scores, ids), torch.ops.minicode_native.topk_cuda(*gpu(x, codes, k, "cosine", False)))
-    assert ids[1, 3].tolist() == list(range(k)) and (scores[1, 3] == -torch.inf).all()  # nothing but NaN
+    scores, ids = torch.ops.minicode_native.topk_cuda(
+        *gpu(x, codes, k, "cosine", has_tensor_cores())
+    )
+    assert same(
+        (scores, ids), torch.ops.minicode_native.topk_cuda(*gpu(x, codes, k, "cosine", False))
+    )
+    assert (
+        ids[1, 3].tolist() == list(range(k)) and (scores[1, 3] == -torch.inf).all()
+    )  # nothing but NaN
 
 
 @pytest.mark.parametrize("k", [1, 8])
 def test_gpu_large_searches(gpu, k):
     """Sizes for which topk_codes takes the tensor cores; on the stream that is current, and in a graph: nothing waits."""
     x, codes = torch.randn(16384, 64, device="cuda"), torch.randn(8192, 64, device="cuda")
-    wanted = [t[0] for t in torch.ops.minicode_native.topk_cuda(*gpu(x[None], codes[None], k, "cosine", False))]
+    wanted = [
+        t[0]
+        for t in torch.ops.minicode_native.topk_cuda(*gpu(x[None], codes[None], k, "cosine", False))
+    ]
     assert same(topk_codes(x, codes, k), wanted)
     torch.cuda.synchronize()
     stream, late = torch.cuda.Stream(), torch.zeros_like(x)
@@ -272,16 +345,30 @@ def test_gpu_more_scores_than_32_bits_can_count(gpu):
 
 
 def test_gpu_second_device(gpu):
-    if torch.cuda.device_count() < 2 or torch.cuda.get_device_capability(0) != torch.cuda.get_device_capability(1):
+    if torch.cuda.device_count() < 2 or torch.cuda.get_device_capability(
+        0
+    ) != torch.cuda.get_device_capability(1):
         pytest.skip("there are no two GPUs of one kind here")
     x, codes = torch.randn(600, 64), torch.randn(2000, 64)
-    on_first, on_second = (topk_codes(x.to(device), codes.to(device), 3) for device in ("cuda:0", "cuda:1"))
+    on_first, on_second = (
+        topk_codes(x.to(device), codes.to(device), 3) for device in ("cuda:0", "cuda:1")
+    )
     assert torch.cuda.current_device() == 0 and on_second[0].device.index == 1
     assert same([t.cpu() for t in on_first], [t.cpu() for t in on_second])
 
 
 def test_gpu_opcheck(gpu):
-    for shape, k, similarity in (((2, 9, 4), 1, "cosine"), ((1, 700, 33), 3, "distance"), ((1, 0, 2), 2, "dot")):
-        x, codes = torch.randn(shape, device="cuda"), torch.randn(shape[0], 300, shape[2], device="cuda")
+    for shape, k, similarity in (
+        ((2, 9, 4), 1, "cosine"),
+        ((1, 700, 33), 3, "distance"),
+        ((1, 0, 2), 2, "dot"),
+    ):
+        x, codes = (
+            torch.randn(shape, device="cuda"),
+            torch.randn(shape[0], 300, shape[2], device="cuda"),
+        )
         torch.library.opcheck(torch.ops.minicode.topk_codes, (x, codes, k, similarity))
-        torch.library.opcheck(torch.ops.minicode_native.topk_cuda, gpu(x, codes, k, similarity, shape[1] > 0 and has_tensor_cores()))
+        torch.library.opcheck(
+            torch.ops.minicode_native.topk_cuda,
+            gpu(x, codes, k, similarity, shape[1] > 0 and has_tensor_cores()),
+        )

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from minicode import interpret as interpret_module
-from minicode import topics
 from minicode.ablate import main as ablate
 from minicode.interpret import main as interpret
+from minicode.language import topics
 from minicode.sample import main as sample
+from minicode.study import study as study_module
 from minicode.train_fsm import main as train_fsm
 from minicode.train_text import main as train_text
 
@@ -23,7 +23,10 @@ ROOT = Path(__file__).parent.parent
 PYTHON = sorted((ROOT / "minicode").glob("*.py"))
 LITTLE = "--steps 2 --batch-size 4 --n-embd 32 --n-codes-head 16 --k 2".split()
 FIGURES = dict.fromkeys(("before", "after", "random", "perplexity_before", "perplexity_after"), 0.5)
-STEERING = {"topics": {"dragon": {**FIGURES, "codes": ["head.0.0.3", "head.1.2.5"]}}, "mean": FIGURES}
+STEERING = {
+    "topics": {"dragon": {**FIGURES, "codes": ["head.0.0.3", "head.1.2.5"]}},
+    "mean": FIGURES,
+}
 QUICK = "--steps 12 --batch-size 64 --eval-every 12 --device cpu".split()
 
 
@@ -53,18 +56,26 @@ def assert_alike(printed, expected):
 
 
 @pytest.mark.parametrize("name", ["README.md", "tutorial.md"])
-def test_python_blocks_run_in_order_and_print_what_stands_below(name, default_run, tmp_path, monkeypatch, capsys):
+def test_python_blocks_run_in_order_and_print_what_stands_below(
+    name, default_run, tmp_path, monkeypatch, capsys
+):
     shutil.copytree(default_run, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     namespace = {}
-    pairs = re.findall(r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```)?", (ROOT / name).read_text(), flags=re.M | re.S)
+    pairs = re.findall(
+        r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```)?",
+        (ROOT / name).read_text(),
+        flags=re.M | re.S,
+    )
     assert pairs
     for block, expected in pairs:
         capsys.readouterr()
         exec(compile(block, name, "exec"), namespace)
         lines = expected.splitlines()
         if lines:  # what a training command prints before is left out
-            assert_alike("\n".join(capsys.readouterr().out.splitlines()[-len(lines) :]), "\n".join(lines))
+            assert_alike(
+                "\n".join(capsys.readouterr().out.splitlines()[-len(lines) :]), "\n".join(lines)
+            )
 
 
 COMMANDS = {  # how each is cut short
@@ -81,11 +92,18 @@ def test_commands_are_accepted(name, default_run, tmp_path, monkeypatch):
     """Each command as it stands, but training is cut short and goes elsewhere, and measures are of little."""
     monkeypatch.setattr(topics, "N_SEQUENCES", 8)
     monkeypatch.setattr(topics, "steering_table", lambda *args: STEERING)
-    monkeypatch.setattr(interpret_module, "control_study", partial(interpret_module.control_study, n_pairs=5))
+    monkeypatch.setattr(
+        study_module, "control_study", partial(study_module.control_study, n_pairs=5)
+    )
     shutil.copytree(default_run, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     lines = [line for block in blocks(name, "sh") for line in block.splitlines()]
-    commands = [command.strip() for line in lines for command in line.split("&&") if command.strip().startswith("python -m minicode.")]
+    commands = [
+        command.strip()
+        for line in lines
+        for command in line.split("&&")
+        if command.strip().startswith("python -m minicode.")
+    ]
     assert commands
     for i, command in enumerate(dict.fromkeys(commands)):
         _, _, module, *flags = shlex.split(command, comments=True)
@@ -101,7 +119,9 @@ def test_pictures_are_there_small_and_described():
         pictures = re.findall(r'<img src="(assets/\w+\.svg)" width="\d+" alt="([^"]{40,})">', text)
         assert len(pictures) == text.count("<img ") >= 1
         for path, _ in pictures:
-            assert (ROOT / path).stat().st_size < 120_000 and "prefers-color-scheme:dark" in (ROOT / path).read_text()
+            assert (ROOT / path).stat().st_size < 120_000 and "prefers-color-scheme:dark" in (
+                ROOT / path
+            ).read_text()
 
 
 def test_links_lead_somewhere():
@@ -113,24 +133,37 @@ def test_links_lead_somewhere():
             assert (ROOT / (path or name)).exists(), target
             if anchor:
                 heads = re.findall(r"^#+ (.*)$", (ROOT / (path or name)).read_text(), flags=re.M)
-                assert anchor in {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}, target
+                assert anchor in {
+                    re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads
+                }, target
 
 
 def test_set_up_and_test_commands_are_there():
     first, second = [block for block in blocks("README.md", "sh") if "venv" in block]
     for block in (first, second):
-        assert block.startswith("python3 -m venv .venv && . .venv/bin/activate && pip install torch==2.13.0 ")
+        assert block.startswith(
+            "python3 -m venv .venv && . .venv/bin/activate && pip install torch==2.13.0 "
+        )
     assert "python -m minicode.train_fsm" in first and "python -m pytest" in second
 
 
 def test_map_of_the_files_is_true():
-    rows = re.findall(r"^\| `(minicode/\w+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text(), flags=re.M)
-    lines = {f"minicode/{path.name}": len(path.read_text().splitlines()) for path in PYTHON if path.name != "__init__.py"}
+    rows = re.findall(
+        r"^\| `(minicode/\w+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text(), flags=re.M
+    )
+    lines = {
+        f"minicode/{path.name}": len(path.read_text().splitlines())
+        for path in PYTHON
+        if path.name != "__init__.py"
+    }
     assert {name: int(n) for name, n in rows} == lines
     place = {name.removesuffix(".py").replace("/", "."): i for i, (name, _) in enumerate(rows)}
     for name, i in place.items():  # every file imports only files that stand before it
         text = (ROOT / (name.replace(".", "/") + ".py")).read_text()
-        assert all(place[other] < i for other in re.findall(r"^from (minicode\.\w+) import", text, flags=re.M))
+        assert all(
+            place[other] < i
+            for other in re.findall(r"^from (minicode\.\w+) import", text, flags=re.M)
+        )
 
 
 def test_budget_of_lines():
@@ -142,5 +175,7 @@ def test_budget_of_lines():
 
 def test_set_up_imports_no_torch_and_importing_minicode_is_quiet():
     assert "import torch" not in (ROOT / "setup.py").read_text()
-    result = subprocess.run([sys.executable, "-c", "import minicode"], capture_output=True, text=True, cwd=ROOT)
+    result = subprocess.run(
+        [sys.executable, "-c", "import minicode"], capture_output=True, text=True, cwd=ROOT
+    )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CHECKS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "exercises").glob("check_*.py"))
+CHECKS = sorted(
+    str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "exercises").glob("check_*.py")
+)
 
 
 def outcomes(answers, checks, **environment):
@@ -19,14 +21,18 @@ def outcomes(answers, checks, **environment):
     environment = {**os.environ, "PYTHONPATH": "tests/exercises", **environment}
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     found = {}
-    for outcome, check in re.findall(r"^(PASSED|FAILED|ERROR) (tests/exercises/check_\w+\.py)", result.stdout, flags=re.M):
+    for outcome, check in re.findall(
+        r"^(PASSED|FAILED|ERROR) (tests/exercises/check_\w+\.py)", result.stdout, flags=re.M
+    ):
         found.setdefault(outcome, []).append(check)
     return {outcome: sorted(set(found[outcome])) for outcome in found}, result.stdout
 
 
 def test_every_check_fails_until_it_is_solved(tmp_path):
     assert len(CHECKS) == 10
-    if (ROOT / "tests/exercises/answers.py").read_text().count("  raise NotImplementedError\n") < 11:
+    if (ROOT / "tests/exercises/answers.py").read_text().count(
+        "  raise NotImplementedError\n"
+    ) < 11:
         pytest.skip("some of the exercises have been solved here")
     found, printed = outcomes("answers", CHECKS, EXERCISE_RUN=str(tmp_path / "none"))
     assert found == {"FAILED": CHECKS}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_topk import make, same_but_for_rounding
 
-from minicode import extension
+from minicode.runtime import extension
 from minicode.topk import SIMILARITIES
 
 ROOT = Path(__file__).parent.parent
@@ -37,12 +37,23 @@ def test_the_coarse_pass_gives_the_answer_of_float32_throughout(kind):
     and on whole numbers, where float32 rounds no product, the same to the last bit."""
     assert extension.load()[0]
     generator = torch.Generator().manual_seed(0)
-    for n_rows, n_codes, dim, k in ((300, 700, 95, 1), (260, 1100, 64, 8), (256, 4096, 64, 100), (256, 8192, 8, 3), (300, 600, 768, 1)):
+    for n_rows, n_codes, dim, k in (
+        (300, 700, 95, 1),
+        (260, 1100, 64, 8),
+        (256, 4096, 64, 100),
+        (256, 8192, 8, 3),
+        (300, 600, 768, 1),
+    ):
         for similarity, name in enumerate(SIMILARITIES):
             x, codes = make(kind, 1 + (k == 1), n_rows, n_codes, dim, generator)
-            same_but_for_rounding(x, codes, k, name, *torch.ops.minicode_native.topk(x, codes, k, similarity, True))
+            same_but_for_rounding(
+                x, codes, k, name, *torch.ops.minicode_native.topk(x, codes, k, similarity, True)
+            )
             x, codes = (3 * x).round(), (3 * codes).clamp(-300, 300).round()
-            coarse, plain = (torch.ops.minicode_native.topk(x, codes, k, similarity, how) for how in (True, False))
+            coarse, plain = (
+                torch.ops.minicode_native.topk(x, codes, k, similarity, how)
+                for how in (True, False)
+            )
             assert torch.equal(coarse[1], plain[1]) and torch.equal(coarse[0], plain[0])
 
 
@@ -52,8 +63,14 @@ def test_the_coarse_pass_where_products_leave_the_range_of_float32(of_x, of_code
     """x·c is infinite, or all but 0, before it is divided by |c|; where it is infinity less infinity, it loses."""
     assert extension.load()[0]
     torch.manual_seed(0)
-    for x, codes in ((torch.rand(1, 300, 64) + 0.5, torch.rand(1, 1200, 64) + 0.5), (torch.randn(1, 300, 64), torch.randn(1, 1200, 64))):
-        coarse, plain = (torch.ops.minicode_native.topk(of_x * x, of_codes * codes, 3, 0, how) for how in (True, False))
+    for x, codes in (
+        (torch.rand(1, 300, 64) + 0.5, torch.rand(1, 1200, 64) + 0.5),
+        (torch.randn(1, 300, 64), torch.randn(1, 1200, 64)),
+    ):
+        coarse, plain = (
+            torch.ops.minicode_native.topk(of_x * x, of_codes * codes, 3, 0, how)
+            for how in (True, False)
+        )
         assert torch.equal(coarse[1], plain[1]) and torch.equal(coarse[0], plain[0])
 
 
@@ -64,11 +81,24 @@ def test_the_coarse_pass_and_what_is_not_finite_or_too_large(value):
     assert extension.load()[0]
     torch.manual_seed(0)
     x, codes = torch.randn(1, 1024, 64).mul(3).round(), torch.randn(1, 2048, 64).mul(3).round()
-    x[0, 1, 5], x[0, 3], x[0, 5], x[0, 7], x[0, 9] = torch.nan, torch.inf, -torch.inf, 2.0**100, 2.0**-100
-    codes[0, 7, 2] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32) if isinstance(value, str) else value
+    x[0, 1, 5], x[0, 3], x[0, 5], x[0, 7], x[0, 9] = (
+        torch.nan,
+        torch.inf,
+        -torch.inf,
+        2.0**100,
+        2.0**-100,
+    )
+    codes[0, 7, 2] = (
+        torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+        if isinstance(value, str)
+        else value
+    )
     for similarity in range(3):
         for k in (1, 5):
-            coarse, plain = (torch.ops.minicode_native.topk(x, codes, k, similarity, how) for how in (True, False))
+            coarse, plain = (
+                torch.ops.minicode_native.topk(x, codes, k, similarity, how)
+                for how in (True, False)
+            )
             assert torch.equal(coarse[1], plain[1]) and torch.equal(coarse[0], plain[0])
 
 
@@ -106,13 +136,21 @@ cp {objects}/"$source" "$out"
 
 def environment(cache, **more):
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MINICODE")}
-    return {**kept, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
+    return {
+        **kept,
+        "XDG_CACHE_HOME": str(cache),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        **more,
+    }
 
 
 def search(cache, before="", **more):
     """A search in a process of its own; returns what it wrote on stderr. The answer must be right in any case."""
     command = [sys.executable, "-c", SEARCH.format(before=before)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment(cache, **more), cwd="/")
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=environment(cache, **more), cwd="/"
+    )
     assert result.stdout == "right\n" and result.returncode == 0, result.stderr
     return result.stderr
 
@@ -124,13 +162,17 @@ def binaries(cache):
 def fallback(stderr, *words):
     """One line, which says why."""
     lines = [line for line in stderr.splitlines() if not line.startswith("minicode: compiling")]
-    assert len(lines) == 1 and lines[0].startswith("minicode: searching with PyTorch, without the C++ extension: ")
+    assert len(lines) == 1 and lines[0].startswith(
+        "minicode: searching with PyTorch, without the C++ extension: "
+    )
     assert all(word in lines[0] for word in words)
 
 
 def test_no_compiler(tmp_path):
     (tmp_path / "bin").mkdir()
-    fallback(search(tmp_path, PATH=str(tmp_path / "bin"), CXX="c++"), "there is no C++ compiler (c++)")
+    fallback(
+        search(tmp_path, PATH=str(tmp_path / "bin"), CXX="c++"), "there is no C++ compiler (c++)"
+    )
 
 
 def test_a_compiler_that_fails(tmp_path):
@@ -144,7 +186,9 @@ def test_a_compiler_that_fails(tmp_path):
 @needs_compiler
 def test_no_ninja(tmp_path):
     (tmp_path / "bin").mkdir()
-    stderr = search(tmp_path, "sys.modules['ninja'] = None", PATH=str(tmp_path / "bin"), CXX=shutil.which("c++"))
+    stderr = search(
+        tmp_path, "sys.modules['ninja'] = None", PATH=str(tmp_path / "bin"), CXX=shutil.which("c++")
+    )
     fallback(stderr, "there is no ninja (pip install ninja)")
 
 
@@ -158,16 +202,33 @@ def test_a_cache_folder_that_can_not_be_written(tmp_path):
 def test_require_and_off_and_nonsense(tmp_path):
     command = [sys.executable, "-c", SEARCH.format(before="")]
     for more, words in (
-        ({"MINICODE_EXT": "require", "CXX": "/nowhere"}, "MINICODE_EXT=require, but the extension can't be used: there is no C++"),
+        (
+            {"MINICODE_EXT": "require", "CXX": "/nowhere"},
+            "MINICODE_EXT=require, but the extension can't be used: there is no C++",
+        ),
         ({"MINICODE_EXT": "yes"}, "MINICODE_EXT must be auto, off or require, not 'yes'"),
     ):
-        result = subprocess.run(command, capture_output=True, text=True, env=environment(tmp_path, **more), cwd="/")
+        result = subprocess.run(
+            command, capture_output=True, text=True, env=environment(tmp_path, **more), cwd="/"
+        )
         assert result.returncode == 1 and words in result.stderr.splitlines()[-1]
         main = [sys.executable, "-m", "minicode.topk"]
-        result = subprocess.run(main, capture_output=True, text=True, env=environment(tmp_path, **more), cwd=ROOT)
-        assert result.returncode == 2 and words in result.stderr and len(result.stderr.splitlines()) == 1
-    result = subprocess.run([*main, "--foo"], capture_output=True, text=True, env=environment(tmp_path), cwd=ROOT)
-    assert result.returncode == 2 and "unrecognized arguments: --foo" in result.stderr and not result.stdout
+        result = subprocess.run(
+            main, capture_output=True, text=True, env=environment(tmp_path, **more), cwd=ROOT
+        )
+        assert (
+            result.returncode == 2
+            and words in result.stderr
+            and len(result.stderr.splitlines()) == 1
+        )
+    result = subprocess.run(
+        [*main, "--foo"], capture_output=True, text=True, env=environment(tmp_path), cwd=ROOT
+    )
+    assert (
+        result.returncode == 2
+        and "unrecognized arguments: --foo" in result.stderr
+        and not result.stdout
+    )
     assert search(tmp_path, MINICODE_EXT="off") == "" and not (tmp_path / "minicode").exists()
 
 
@@ -190,14 +251,24 @@ def test_folders_with_spaces_in_their_names(tmp_path, compiler):
     shutil.copytree(ROOT / "minicode", tmp_path / "my code" / "minicode")
     shutil.copytree(ROOT / "csrc", tmp_path / "my code" / "csrc")
     stderr = search(tmp_path / "my cache", CXX=str(compiler), PYTHONPATH=str(tmp_path / "my code"))
-    assert "compiling" in stderr and "PyTorch" not in stderr and len(binaries(tmp_path / "my cache")) == 1
+    assert (
+        "compiling" in stderr
+        and "PyTorch" not in stderr
+        and len(binaries(tmp_path / "my cache")) == 1
+    )
 
 
 @needs_compiler
 def test_two_processes_build_at_once(tmp_path, compiler):
     command = [sys.executable, "-c", SEARCH.format(before="")]
     both = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(tmp_path, CXX=str(compiler)), cwd="/")
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(tmp_path, CXX=str(compiler)),
+            cwd="/",
+        )
         for _ in range(2)
     ]
     assert [process.communicate()[0] for process in both] == ["right\n"] * 2
@@ -211,17 +282,28 @@ def test_a_kill_in_the_middle_of_a_build(tmp_path, compiler):
     os.mkfifo(begun)
     os.mkfifo(never)
     real = compiler.read_text()
-    compiler.write_text(f"#!/bin/sh\ncase \"$*\" in *-c*) echo > {begun}; read x < {never};; *) exec {shutil.which('c++')} \"$@\";; esac\n")
+    compiler.write_text(
+        f'#!/bin/sh\ncase "$*" in *-c*) echo > {begun}; read x < {never};; *) exec {shutil.which("c++")} "$@";; esac\n'
+    )
     command = [sys.executable, "-c", SEARCH.format(before="")]
-    process = subprocess.Popen(command, env=environment(tmp_path, CXX=str(compiler)), cwd="/", start_new_session=True)
+    process = subprocess.Popen(
+        command, env=environment(tmp_path, CXX=str(compiler)), cwd="/", start_new_session=True
+    )
     begun.read_text()
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     if shutil.which("pkill"):
-        subprocess.run(["pkill", "-KILL", "-f", str(tmp_path)])  # ninja's children are in groups of their own, and wait for ever
-    assert not binaries(tmp_path) and len(list((tmp_path / "minicode").iterdir())) == 1  # what the kill left
+        subprocess.run(
+            ["pkill", "-KILL", "-f", str(tmp_path)]
+        )  # ninja's children are in groups of their own, and wait for ever
+    assert (
+        not binaries(tmp_path) and len(list((tmp_path / "minicode").iterdir())) == 1
+    )  # what the kill left
     compiler.write_text(real)
-    assert "compiling" in search(tmp_path, CXX=str(compiler)) and search(tmp_path, CXX=str(compiler)) == ""
+    assert (
+        "compiling" in search(tmp_path, CXX=str(compiler))
+        and search(tmp_path, CXX=str(compiler)) == ""
+    )
 
 
 @needs_compiler
@@ -237,10 +319,18 @@ if child == 0:
 assert os.waitpid(child, 0)[1] == 0
 print("right")
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=100)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=100
+    )
     assert result.stdout == "right\n", result.stderr
 
 
 def test_command_tells_what_is_used():
-    result = subprocess.run([sys.executable, "-m", "minicode.topk"], capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0 and "the C++ extension: " in result.stdout and "RuntimeWarning" not in result.stderr
+    result = subprocess.run(
+        [sys.executable, "-m", "minicode.topk"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (
+        result.returncode == 0
+        and "the C++ extension: " in result.stdout
+        and "RuntimeWarning" not in result.stderr
+    )

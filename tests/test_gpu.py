@@ -13,9 +13,10 @@ import torch
 from conftest import TINY, make_model, make_tokens
 from test_topk import same_but_for_rounding
 
-from minicode import block, extension, force, load_run, record, topk_codes
+from minicode import block, force, load_run, record, topk_codes
 from minicode.interpret import main as interpret
-from minicode.run import TrainConfig, read_metrics
+from minicode.runtime import extension
+from minicode.runtime.runs import TrainConfig, read_metrics
 from minicode.sample import main as sample
 from minicode.train import make_optimizer, train_step
 from minicode.train_fsm import main as train_fsm
@@ -53,10 +54,20 @@ def test_a_run_is_the_same_on_the_cpu(gpu_run):
 def test_forcing_and_generating_on_the_gpu(gpu_run):
     model, fsm = load_run(gpu_run, DEVICE).model, load_run(gpu_run).fsm
     prompt, generator = fsm.prompt("11").to(DEVICE), torch.Generator(DEVICE).manual_seed(0)
-    with force(model, ["mlp.1.3@-1", "head.0.1.2"]), block(model, "mlp.0.1"), record(model) as codes:
+    with (
+        force(model, ["mlp.1.3@-1", "head.0.1.2"]),
+        block(model, "mlp.0.1"),
+        record(model) as codes,
+    ):
         tokens = model.generate(prompt.repeat(3, 1), 6, temperature=0)
-        assert torch.equal(tokens, model.generate(prompt.repeat(3, 1), 6, temperature=0, use_cache=False))
-    assert (codes["mlp.1"][:, 2, 0] == 3).all() and (codes["head.0"][:, :, 1] == 2).all() and not (codes["mlp.0"] == 1).any()
+        assert torch.equal(
+            tokens, model.generate(prompt.repeat(3, 1), 6, temperature=0, use_cache=False)
+        )
+    assert (
+        (codes["mlp.1"][:, 2, 0] == 3).all()
+        and (codes["head.0"][:, :, 1] == 2).all()
+        and not (codes["mlp.0"] == 1).any()
+    )
     assert model.generate(prompt, 6, top_k=2, generator=generator).device.type == DEVICE
 
 
@@ -73,7 +84,10 @@ train.train_step = dies
 from minicode.train_fsm import main
 main(["--out", {str(tmp_path / "run")!r}, *{FLAGS!r}])
 """
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == -signal.SIGKILL
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode
+        == -signal.SIGKILL
+    )
     before = read_metrics(tmp_path / "run")
     for name, device in (("here", DEVICE), ("there", "cpu")):
         folder = shutil.copytree(tmp_path / "run", tmp_path / name)
@@ -83,11 +97,21 @@ main(["--out", {str(tmp_path / "run")!r}, *{FLAGS!r}])
         assert after[1]["loss"] == pytest.approx(load_run(gpu_run).summary["loss"], abs=0.1)
 
 
-@pytest.mark.parametrize("flags", ["--dtype bfloat16", "--compile", "--dtype bfloat16 --compile", "--decay 0.9 --k 2 --accumulate 2"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--dtype bfloat16",
+        "--compile",
+        "--dtype bfloat16 --compile",
+        "--decay 0.9 --k 2 --accumulate 2",
+    ],
+)
 def test_ways_of_training(flags, gpu_run, tmp_path):
     lines = read_metrics(train(tmp_path / "run", *flags.split()))
     plain = read_metrics(gpu_run)
-    assert lines[0]["loss"] == pytest.approx(plain[0]["loss"], abs=0.05) and lines[1]["loss"] == pytest.approx(plain[1]["loss"], abs=0.2)
+    assert lines[0]["loss"] == pytest.approx(plain[0]["loss"], abs=0.05) and lines[1][
+        "loss"
+    ] == pytest.approx(plain[1]["loss"], abs=0.2)
 
 
 def test_a_training_step_does_not_wait_for_the_gpu(fsm):
@@ -118,19 +142,30 @@ def test_text(tmp_path, capsys):
     flags = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 24 --n-codes-head 32 --k 2 --steps 20 --eval-every 20 --batch-size 8"
     assert train_text(["--out", str(tmp_path / "text"), *flags.split(), "--device", DEVICE]) == 0
     capsys.readouterr()
-    sample(["--run", str(tmp_path / "text"), "--prompt", "Once upon a time", "--max-new-tokens", "5", "--json"])
+    sample(
+        [
+            "--run",
+            str(tmp_path / "text"),
+            "--prompt",
+            "Once upon a time",
+            "--max-new-tokens",
+            "5",
+            "--json",
+        ]
+    )
     assert len(json.loads(capsys.readouterr().out)["samples"]) == 5
 
 
 WORKER = """
 import sys
 import torch.distributed as dist
-from minicode import parallel, train_fsm
+from minicode import train_fsm
+from minicode.runtime import processes
 class Several(int):
     __gt__, __eq__ = (lambda *_: True), (lambda *_: False)
-leave, ranks = parallel.leave, parallel.ranks
-parallel.leave = lambda: (print(dist.get_backend_config()), leave())
-parallel.ranks = lambda: Several(ranks())  # so that a group of one does all that a larger one does
+leave, ranks = processes.leave, processes.ranks
+processes.leave = lambda: (print(dist.get_backend_config()), leave())
+processes.ranks = lambda: Several(ranks())  # so that a group of one does all that a larger one does
 sys.exit(train_fsm.main())
 """
 
@@ -140,24 +175,48 @@ def test_torchrun_with_nccl(n, gpu_run, tmp_path):
     if n > torch.cuda.device_count():
         pytest.skip(f"there are no {n} GPUs here")
     (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc_per_node={n}"]
-    command += [str(tmp_path / "worker.py"), "--out", str(tmp_path / "run"), *FLAGS, "--accumulate", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr=127.0.0.1",
+        f"--nproc_per_node={n}",
+    ]
+    command += [
+        str(tmp_path / "worker.py"),
+        "--out",
+        str(tmp_path / "run"),
+        *FLAGS,
+        "--accumulate",
+        "2",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("cuda:nccl") == n and result.stdout.count("step    60 ") == 1
-    assert load_run(tmp_path / "run").summary["loss"] == pytest.approx(load_run(gpu_run).summary["loss"], abs=0.1)
+    assert load_run(tmp_path / "run").summary["loss"] == pytest.approx(
+        load_run(gpu_run).summary["loss"], abs=0.1
+    )
 
 
-@pytest.mark.parametrize("n_groups, n_rows, dim, n_codes, k", [(1, 65_536, 64, 10_000, 1), (4, 16_384, 32, 8192, 1), (1, 65_536, 100, 8192, 8)])
+@pytest.mark.parametrize(
+    "n_groups, n_rows, dim, n_codes, k",
+    [(1, 65_536, 64, 10_000, 1), (4, 16_384, 32, 8192, 1), (1, 65_536, 100, 8192, 8)],
+)
 @pytest.mark.parametrize("backend", ["extension", "pytorch"])
-def test_large_searches_are_right_and_never_store_the_scores(backend, n_groups, n_rows, dim, n_codes, k, monkeypatch):
+def test_large_searches_are_right_and_never_store_the_scores(
+    backend, n_groups, n_rows, dim, n_codes, k, monkeypatch
+):
     if backend == "pytorch":
         monkeypatch.setattr(extension, "load", lambda: ((), "PyTorch is tested"))
     elif DEVICE not in extension.load()[0]:
         pytest.skip(f"no extension here: {extension.load()[1]}")
     torch.manual_seed(0)
-    x, codes = torch.randn(n_rows, n_groups, dim).to(DEVICE), torch.randn(n_groups, n_codes, dim).to(DEVICE)
+    x, codes = (
+        torch.randn(n_rows, n_groups, dim).to(DEVICE),
+        torch.randn(n_groups, n_codes, dim).to(DEVICE),
+    )
     topk_codes(x[:600], codes, k)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

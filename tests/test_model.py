@@ -13,7 +13,11 @@ def test_codebooks_by_name_in_the_order_of_the_pass(fsm):
     for name, codebook in model.codebooks().items():
         codebook.register_forward_hook(lambda *_, name=name: order.append(name))
     model(make_tokens(fsm))
-    assert order == list(model.codebooks()) == [f"{site}.{layer}" for layer in range(2) for site in SITES]
+    assert (
+        order
+        == list(model.codebooks())
+        == [f"{site}.{layer}" for layer in range(2) for site in SITES]
+    )
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -33,7 +37,9 @@ def test_off_is_the_dense_model_and_on_again_is_as_before(fsm):
     model.use_codebooks(False)
     assert torch.equal(model(tokens)[0], dense(tokens)[0])
     model.use_codebooks(True)
-    assert torch.equal(model(tokens)[0], with_codebooks) and not torch.equal(dense(tokens)[0], with_codebooks)
+    assert torch.equal(model(tokens)[0], with_codebooks) and not torch.equal(
+        dense(tokens)[0], with_codebooks
+    )
 
 
 @pytest.mark.parametrize("codebooks", ["none", "head,mlp", "head,attn,mlp_mid,mlp,block"])
@@ -41,7 +47,9 @@ def test_cached_equals_uncached_generation(codebooks, fsm):
     model, prompt = make_model(codebooks), make_tokens(fsm, n=16, length=3)
     for settings in ({"temperature": 0}, {"temperature": 0.8, "top_k": 3}):
         runs = [
-            model.generate(prompt, 10, generator=torch.Generator().manual_seed(1), use_cache=cached, **settings)
+            model.generate(
+                prompt, 10, generator=torch.Generator().manual_seed(1), use_cache=cached, **settings
+            )
             for cached in (True, False)
         ]
         assert torch.equal(*runs) and runs[0].shape == (16, 13)
@@ -79,7 +87,10 @@ def test_compiled_in_one_graph_gives_the_same_loss(fsm):
     "settings, words",
     [
         ({"n_embd": 30, "n_head": 4}, r"n_embd \(30\) must be a multiple of n_head \(4\)"),
-        ({"codebooks": "head,mpl"}, "there is no site 'mpl'; the sites are head, attn, mlp_mid, mlp, block, or none"),
+        (
+            {"codebooks": "head,mpl"},
+            "there is no site 'mpl'; the sites are head, attn, mlp_mid, mlp, block, or none",
+        ),
         ({"k": 300}, r"k \(300\) is more than the 16 codes of a head codebook"),
         ({"n_layer": 0}, "n_layer must be at least 1, not 0"),
         ({"similarity": "cosin"}, "similarity must be one of cosine, distance, dot, not 'cosin'"),
@@ -98,5 +109,8 @@ def test_misspelt_option_is_refused():
 def test_too_many_tokens(fsm):
     with pytest.raises(ValueError, match="13 tokens are more than the block_size of 12"):
         make_model()(torch.zeros(1, 13, dtype=torch.long))
-    with pytest.raises(ValueError, match="a prompt of 5 tokens leaves room for 8 more in the block of 12, not for 9"):
+    with pytest.raises(
+        ValueError,
+        match="a prompt of 5 tokens leaves room for 8 more in the block of 12, not for 9",
+    ):
         make_model().generate(torch.zeros(1, 5, dtype=torch.long), 9)

@@ -20,8 +20,8 @@ import torch
 from conftest import RUN_FILES, TINY
 
 from minicode import Codebook, load_run
-from minicode import run as runs
 from minicode import train as training
+from minicode.runtime import runs
 from minicode.train import open_session
 from minicode.train_fsm import main as train_fsm
 
@@ -105,12 +105,21 @@ def killed(folder, what, nth):
             return super().write(content[len(content) // 2 :])
 
     training.train_step, Codebook._assign, os.replace = dying_step, dying_start, dying_replace
-    runs.open = lambda path, mode: Half(path, mode) if Path(path).suffix == ".tmp" else opened(path, mode)
+    runs.open = lambda path, mode: (
+        Half(path, mode) if Path(path).suffix == ".tmp" else opened(path, mode)
+    )
     resume = ["--resume"] if (folder / "config.json").exists() else []
     return train_fsm(["--out", str(folder), *SMALL, *resume])
 
 
-WRITES = {"config.json": 0, "fsm.json": 0, "train_state.pt": 4, "model.pt": 4, "metrics.jsonl": 3, "summary.json": 0}
+WRITES = {
+    "config.json": 0,
+    "fsm.json": 0,
+    "train_state.pt": 4,
+    "model.pt": 4,
+    "metrics.jsonl": 3,
+    "summary.json": 0,
+}
 MOMENTS = [("a dense step", 8), ("k-means", 8), ("a step with codebooks", 8)] + [
     (moment.format(name), times)
     for name, times in WRITES.items()
@@ -123,11 +132,16 @@ def test_killed_at_any_moment_a_run_resumes_and_ends_as_the_unbroken_one(small_r
     rng = random.Random(0)
     for i, (what, times) in enumerate(MOMENTS):
         folder, nth = tmp_path / str(i), rng.randint(0, times)
-        assert in_child(lambda: killed(folder, what, nth), tmp_path / "log") == -signal.SIGKILL, (what, nth)
+        assert in_child(lambda: killed(folder, what, nth), tmp_path / "log") == -signal.SIGKILL, (
+            what,
+            nth,
+        )
         resume = ["--resume"] if (folder / "config.json").exists() else []
         assert train_fsm(["--out", str(folder), *SMALL, *resume]) == 0, (what, nth)
         assert same(weights(folder), weights(small_run)), (what, nth)
-        assert (folder / "metrics.jsonl").read_bytes() == (small_run / "metrics.jsonl").read_bytes(), (what, nth)
+        assert (folder / "metrics.jsonl").read_bytes() == (
+            small_run / "metrics.jsonl"
+        ).read_bytes(), (what, nth)
         assert sorted(path.name for path in folder.iterdir()) == RUN_FILES, (what, nth)
 
 
@@ -161,7 +175,10 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(training, "train_step", breaks)
     with pytest.raises(SystemExit) as error:
         train_fsm(["--out", str(tmp_path / "run"), *TINY])
-    assert error.value.code == 1 and "the weights are no numbers after step 40" in capsys.readouterr().err
+    assert (
+        error.value.code == 1
+        and "the weights are no numbers after step 40" in capsys.readouterr().err
+    )
     assert weights(tmp_path / "run", "train_state.pt")["step"] == 20
 
 
@@ -172,7 +189,9 @@ def test_a_gpu_that_is_full_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training, "train_step", fills)
     with pytest.raises(SystemExit) as error:
         train_fsm(["--out", str(tmp_path / "run"), *TINY])
-    assert error.value.code == 1 and capsys.readouterr().err.endswith("error: CUDA out of memory. Tried to allocate 9 GiB.\n")
+    assert error.value.code == 1 and capsys.readouterr().err.endswith(
+        "error: CUDA out of memory. Tried to allocate 9 GiB.\n"
+    )
 
 
 # -- several processes
@@ -188,13 +207,14 @@ WORKER = '''
 import os, signal, sys
 from pathlib import Path
 import torch
-from minicode import parallel, train
+from minicode import train
+from minicode.runtime import processes
 from minicode.fsm import FSM
-from minicode.run import TrainConfig
+from minicode.runtime.runs import TrainConfig
 
 folder, settings = Path(sys.argv[1]), eval(sys.argv[2])
-parallel.join()
-rank, real_step, real_write = parallel.rank(), train.train_step, train.write_tensors
+processes.join()
+rank, real_step, real_write = processes.rank(), train.train_step, train.write_tensors
 machine = FSM(16, 3, 4)
 
 def stopped_on_one_rank(model, forward, optimizer, config, step, data):
@@ -224,15 +244,16 @@ except OSError as error:
     assert str(error) == "full"
     states = {"gradient": again.model.state_dict(), "averages": averages.model.state_dict()}
     real_write(folder / f"rank{rank}.pt", states)
-parallel.leave()
+processes.leave()
 '''
 
 DIES = """
 import os
-from minicode import parallel, train, train_fsm
+from minicode import train, train_fsm
+from minicode.runtime import processes
 real = train.train_step
 def dies(model, forward, optimizer, config, step, data):
-    if (parallel.rank(), step) == (1, 25):
+    if (processes.rank(), step) == (1, 25):
         os._exit(3)
     return real(model, forward, optimizer, config, step, data)
 train.train_step = dies
@@ -250,16 +271,24 @@ def torchrun(code, folder, *arguments):
 
 def test_two_processes_train_as_one(tiny_run, tmp_path):
     config = load_run(tiny_run).config
-    settings = {name: value for name, value in vars(config).items() if name not in ("decay", "accumulate")}
+    settings = {
+        name: value for name, value in vars(config).items() if name not in ("decay", "accumulate")
+    }
     result = torchrun(WORKER, tmp_path, str(tmp_path), repr(settings))
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("step    60 ") == 2 and "Warning" not in result.stderr  # printed by one of them
+    assert (
+        result.stdout.count("step    60 ") == 2 and "Warning" not in result.stderr
+    )  # printed by one of them
     assert train_fsm(["--out", str(tmp_path / "one"), *TINY, "--decay", "0.9"]) == 0
     states = [weights(tmp_path, f"rank{rank}.pt") for rank in (0, 1)]
     for name, one in {"gradient": tiny_run, "averages": tmp_path / "one"}.items():
-        assert same(states[0][name], states[1][name]) and same(states[0][name], weights(tmp_path / name))
+        assert same(states[0][name], states[1][name]) and same(
+            states[0][name], weights(tmp_path / name)
+        )
         close(weights(tmp_path / name), weights(one))
-        for line, other in zip(runs.read_metrics(tmp_path / name), runs.read_metrics(one), strict=True):
+        for line, other in zip(
+            runs.read_metrics(tmp_path / name), runs.read_metrics(one), strict=True
+        ):
             assert line["loss"] == pytest.approx(other["loss"], abs=1e-5)
 
 
@@ -292,12 +321,21 @@ def claims_to_be_huge(folder):
     """The file is small, and its tensors have the shapes of the configuration: by a stride of zero."""
     change_json("config.json", n_codes=10**10)(folder)
     names = {"codes": (1, 10**10, 8), "usage": (1, 10**10)}
-    shapes = {name: names.get(name.removeprefix("h.0.mlp.mlp_codebook."), t.shape) for name, t in weights(folder).items()}
-    torch.save({name: torch.tensor(0.0).expand(shape) for name, shape in shapes.items()}, folder / "model.pt")
+    shapes = {
+        name: names.get(name.removeprefix("h.0.mlp.mlp_codebook."), t.shape)
+        for name, t in weights(folder).items()
+    }
+    torch.save(
+        {name: torch.tensor(0.0).expand(shape) for name, shape in shapes.items()},
+        folder / "model.pt",
+    )
 
 
 def compressed(folder):
-    with zipfile.ZipFile(folder / "model.pt") as old, zipfile.ZipFile(folder / "new", "w", zipfile.ZIP_DEFLATED) as new:
+    with (
+        zipfile.ZipFile(folder / "model.pt") as old,
+        zipfile.ZipFile(folder / "new", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
         for name in old.namelist():
             new.writestr(name, old.read(name) + bytes(10**6))
     os.replace(folder / "new", folder / "model.pt")
@@ -345,7 +383,9 @@ def test_hostile_values_are_refused_by_name(damage, words, small_run, tmp_path):
 def test_hostile_checkpoints_are_refused_by_name(change, words, small_run, tmp_path):
     folder, run = shutil.copytree(small_run, tmp_path / "run"), load_run(small_run)
     state = weights(folder, "train_state.pt")
-    (folder / "metrics.jsonl").write_text("{}\n" if words == "metrics.jsonl" else (folder / "metrics.jsonl").read_text())
+    (folder / "metrics.jsonl").write_text(
+        "{}\n" if words == "metrics.jsonl" else (folder / "metrics.jsonl").read_text()
+    )
     change(state)
     torch.save(state, folder / "train_state.pt")
     with pytest.raises(ValueError) as error:
@@ -391,7 +431,10 @@ def test_mutated_files_give_a_valid_run_or_one_line(small_run, tmp_path):
         content = path.read_bytes()
         inside = path.suffix == ".pt" and rng.random() < 0.7
         path.write_bytes(mutate_inside(content, rng) if inside else mutate(content, rng))
-        ways = [lambda: load_run(folder).model, lambda: open_session(run.config, run.fsm, folder, resume=True).model]
+        ways = [
+            lambda: load_run(folder).model,
+            lambda: open_session(run.config, run.fsm, folder, resume=True).model,
+        ]
         for read in [*ways, lambda: load_run(folder).dense] if path.name == "dense.pt" else ways:
             try:
                 model = read()

@@ -8,11 +8,14 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from minicode import extension, topk, topk_codes
+from minicode import topk, topk_codes
+from minicode.runtime import extension
 from minicode.topk import SIMILARITIES, definition
 
 
-@pytest.fixture(params=["extension", "pytorch", "extension on cuda", "pytorch on cuda"], autouse=True)
+@pytest.fixture(
+    params=["extension", "pytorch", "extension on cuda", "pytorch on cuda"], autouse=True
+)
 def backend(request, monkeypatch):
     """What is tested; on a GPU, whatever a test makes is made there."""
     name, device = request.param.split(" on ")[0], "cuda" if "cuda" in request.param else "cpu"
@@ -25,7 +28,9 @@ def backend(request, monkeypatch):
         pytest.skip(f"no extension here: {extension.load()[1]}")
     elif device == "cuda":  # for few rows too, for which PyTorch is used
         small = topk.in_pytorch
-        monkeypatch.setattr(topk, "in_pytorch", lambda *args: (topk.native if args[2] <= 32 else small)(*args))
+        monkeypatch.setattr(
+            topk, "in_pytorch", lambda *args: (topk.native if args[2] <= 32 else small)(*args)
+        )
     with torch.device(device) if device == "cuda" else nullcontext():
         yield name
 
@@ -40,10 +45,15 @@ def same_but_for_rounding(x, codes, k, similarity, scores, ids):
     wanted_scores, wanted = definition(x, codes, k, similarity)
     every = definition(x.double(), codes.double(), codes.shape[1], similarity)
     table = torch.empty_like(every[0]).scatter_(-1, every[1], every[0])  # score of each code
-    size = x.float().norm(dim=-1, keepdim=True) * codes.float().norm(dim=-1).amax() + codes.float().norm(dim=-1).amax() ** 2
+    size = (
+        x.float().norm(dim=-1, keepdim=True) * codes.float().norm(dim=-1).amax()
+        + codes.float().norm(dim=-1).amax() ** 2
+    )
     slack = 1e-5 * size.clamp_min(1)
     assert ((table.gather(-1, ids) - table.gather(-1, wanted)).abs() <= slack).all()
-    torch.testing.assert_close(scores, wanted_scores, rtol=1e-4, atol=float(slack.max()) if slack.numel() else 0)
+    torch.testing.assert_close(
+        scores, wanted_scores, rtol=1e-4, atol=float(slack.max()) if slack.numel() else 0
+    )
     assert (ids.sort(-1).values.diff(dim=-1) > 0).all()  # no code twice
 
 
@@ -64,8 +74,18 @@ def random_cases(n):
     for _ in range(n):
         n_codes = draw.choice([1, 2, 7, 31, 33, 100, 257, 300, 513, 1000])
         k = draw.choice([1, 1, 2, 5, 8, 16, 40, n_codes])
-        shape = draw.choice([1, 1, 2, 3]), draw.choice([0, 1, 5, 9, 33, 64, 100, 300]), n_codes, draw.choice([1, 2, 3, 16, 31, 33, 64, 100])
-        yield *shape, min(k, n_codes), draw.choice(SIMILARITIES), draw.choice(["plain", "common", "near", "scales", "equal"])
+        shape = (
+            draw.choice([1, 1, 2, 3]),
+            draw.choice([0, 1, 5, 9, 33, 64, 100, 300]),
+            n_codes,
+            draw.choice([1, 2, 3, 16, 31, 33, 64, 100]),
+        )
+        yield (
+            *shape,
+            min(k, n_codes),
+            draw.choice(SIMILARITIES),
+            draw.choice(["plain", "common", "near", "scales", "equal"]),
+        )
 
 
 def make(kind, n_groups, n_rows, n_codes, dim, generator):
@@ -132,7 +152,13 @@ def test_more_scores_than_32_bits_can_count():
     _, ids = topk_codes(x, codes, 1, "dot")
     assert ids[69_999] == 32_999
     some = torch.randint(70_000, (50,))
-    same_but_for_rounding(x[None, some], codes[None], 1, "dot", *(t[None] for t in (topk_codes(x[some], codes, 1, "dot")[0], ids[some])))
+    same_but_for_rounding(
+        x[None, some],
+        codes[None],
+        1,
+        "dot",
+        *(t[None] for t in (topk_codes(x[some], codes, 1, "dot")[0], ids[some])),
+    )
 
 
 def test_the_same_whatever_the_number_of_threads_and_in_two_at_once():
@@ -146,9 +172,18 @@ def test_the_same_whatever_the_number_of_threads_and_in_two_at_once():
     finally:
         torch.set_num_threads(n_threads)
     for n in (2, 5):
-        assert all(torch.equal(a, b) for one, other in zip(results[1], results[n]) for a, b in zip(one, other))
+        assert all(
+            torch.equal(a, b)
+            for one, other in zip(results[1], results[n])
+            for a, b in zip(one, other)
+        )
     found = {}
-    threads = [threading.Thread(target=lambda i=i: found.update({i: topk_codes(x.transpose(0, 1), codes, 3)})) for i in range(4)]
+    threads = [
+        threading.Thread(
+            target=lambda i=i: found.update({i: topk_codes(x.transpose(0, 1), codes, 3)})
+        )
+        for i in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -161,9 +196,16 @@ def test_lower_id_first_among_equals(k):
     codes = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [-1.0, 0.0]])
     _, ids = topk_codes(torch.tensor([[1.0, 0.0]]), codes, k, "dot")
     assert ids.tolist() == [[1, 2, 4, 0, 3, 5][:k]]
-    _, ids = topk_codes(torch.ones(256, 64), torch.ones(1024, 64), k)  # enough for every way of searching
+    _, ids = topk_codes(
+        torch.ones(256, 64), torch.ones(1024, 64), k
+    )  # enough for every way of searching
     assert (ids == torch.arange(k)).all()
-    _, ids = topk_codes(torch.full((20, 1), -1e-30), torch.full((9, 1), 1e-30) * (torch.arange(9.0)[:, None] % 2 == 0), k, "distance")
+    _, ids = topk_codes(
+        torch.full((20, 1), -1e-30),
+        torch.full((9, 1), 1e-30) * (torch.arange(9.0)[:, None] % 2 == 0),
+        k,
+        "distance",
+    )
     assert (ids == torch.arange(k)).all()  # -0 equals 0
 
 
@@ -199,7 +241,9 @@ def test_extreme_norms_still_rank():
 def test_codes_too_small_for_a_norm_score_zero():
     codes = torch.tensor([[2e-39, -1e-39], [1.0, 0.0]])
     assert topk_codes(torch.tensor([[1.0, 0.5]]), codes, 1)[1].item() == 1
-    assert topk_codes(torch.ones(1, 1), torch.full((1, 1), 1.18e-38))[0].item() == pytest.approx(1)  # just large enough
+    assert topk_codes(torch.ones(1, 1), torch.full((1, 1), 1.18e-38))[0].item() == pytest.approx(
+        1
+    )  # just large enough
     assert topk_codes(torch.randn(3, 20).T[:, :1], torch.randn(7, 1), 2)[1].shape == (20, 2)
 
 
@@ -222,11 +266,16 @@ def test_search_keeps_float32_under_autocast():
     the_same_where_matmul_may_use_bfloat16(x, codes, outside)
 
 
-@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="this torch has no such setting")
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"),
+    reason="this torch has no such setting",
+)
 def test_search_keeps_float32_where_matmul_may_not():
     x, codes, setting = torch.randn(500, 64), torch.randn(300, 64), torch.backends.cuda.matmul
     outside, before = topk_codes(x, codes, 5), setting.fp32_precision
-    setting.fp32_precision = "tf32"  # from here on torch.get_float32_matmul_precision() raises an error
+    setting.fp32_precision = (
+        "tf32"  # from here on torch.get_float32_matmul_precision() raises an error
+    )
     try:
         assert all(torch.equal(a, b) for a, b in zip(topk_codes(x, codes, 5), outside))
         assert setting.fp32_precision == "tf32"
@@ -249,11 +298,17 @@ def test_search_keeps_float32_with_a_torch_before_these_settings(monkeypatch):
 
 
 def test_opcheck(backend):
-    for shape, k, similarity in (((2, 9, 4), 1, "cosine"), ((1, 70, 5), 3, "distance"), ((1, 0, 2), 2, "dot")):
+    for shape, k, similarity in (
+        ((2, 9, 4), 1, "cosine"),
+        ((1, 70, 5), 3, "distance"),
+        ((1, 0, 2), 2, "dot"),
+    ):
         x, codes = torch.randn(shape), torch.randn(shape[0], 300, shape[2])
         torch.library.opcheck(torch.ops.minicode.topk_codes, (x, codes, k, similarity))
         if backend == "extension" and not x.is_cuda:
-            torch.library.opcheck(torch.ops.minicode_native.topk, (x, codes, k, SIMILARITIES.index(similarity), True))
+            torch.library.opcheck(
+                torch.ops.minicode_native.topk, (x, codes, k, SIMILARITIES.index(similarity), True)
+            )
 
 
 X, E = torch.zeros(3, 4), torch.zeros(5, 4)

@@ -14,10 +14,10 @@ import torch
 from conftest import RUN_FILES, TINY
 
 from minicode import FSM, GPT, load_run
-from minicode import run as runs
 from minicode import train as training
 from minicode.bench import main as bench
-from minicode.run import TrainConfig
+from minicode.runtime import runs
+from minicode.runtime.runs import TrainConfig
 from minicode.sample import main as sample
 from minicode.train import evaluate, learning_rate
 from minicode.train_fsm import PRESETS
@@ -45,7 +45,10 @@ def refusal(command, *arguments, capsys):
     return last
 
 
-@pytest.mark.parametrize("method", [[], ["--decay", "none", "--similarity", "cosine"], ["--dense-share", "0", "--k", "2"]])
+@pytest.mark.parametrize(
+    "method",
+    [[], ["--decay", "none", "--similarity", "cosine"], ["--dense-share", "0", "--k", "2"]],
+)
 def test_twenty_steps_are_deterministic_and_change_every_parameter(method, tmp_path):
     flags = ["--steps", "20", *method]
     one, other = train(tmp_path / "a", *flags), train(tmp_path / "b", *flags)
@@ -84,7 +87,9 @@ def test_run_folder(tiny_run):
     assert [line["step"] for line in metrics] == [30, 60]
     assert "dead_code_fraction" not in metrics[0] and 0 <= metrics[1]["dead_code_fraction"] < 1
     assert run.summary["dense"] == metrics[0] and run.summary["loss"] == metrics[1]["loss"]
-    assert run.summary["loss_floor"] == run.fsm.loss_floor(12) and run.summary["tokens"] == 60 * 8 * 12
+    assert (
+        run.summary["loss_floor"] == run.fsm.loss_floor(12) and run.summary["tokens"] == 60 * 8 * 12
+    )
     assert sorted(path.name for path in tiny_run.iterdir()) == RUN_FILES
     assert evaluate(run.dense, run.fsm, 0, 256).items() <= run.summary["dense"].items()
     assert evaluate(run.model, run.fsm, 0, 1024).items() <= run.summary.items()
@@ -99,29 +104,50 @@ def test_dead_codes_are_those_that_evaluation_never_chooses(tiny_run):
     figures = evaluate(run.model, run.fsm, 0, 1024)
     n_codes = 2 * (32 + 2 * 8)
     assert figures["dead_code_fraction"] == pytest.approx((n_codes - 6) / n_codes)
-    assert figures["sites"]["mlp.0"] == {"dead_code_fraction": pytest.approx(31 / 32), "perplexity": pytest.approx(1)}
+    assert figures["sites"]["mlp.0"] == {
+        "dead_code_fraction": pytest.approx(31 / 32),
+        "perplexity": pytest.approx(1),
+    }
 
 
 def test_dense_twin(tmp_path):
     train(tmp_path / "a", "--codebooks", "none", "--steps", "5")
     run = load_run(tmp_path / "a")
-    assert run.model.codebooks() == {} and run.summary["dense"] is None and "dead_code_fraction" not in run.summary
+    assert (
+        run.model.codebooks() == {}
+        and run.summary["dense"] is None
+        and "dead_code_fraction" not in run.summary
+    )
 
 
 def test_learning_rate_has_a_phase_for_each_model():
     config = TrainConfig(steps=1000, dense_share=0.5, lr=1.0, codebook_lr=0.2)
     assert learning_rate(config, 99) > 0.9 and learning_rate(config, 0) == pytest.approx(0.01)
     assert learning_rate(config, 499) == pytest.approx(0.1, abs=0.01)
-    assert learning_rate(config, 500) == pytest.approx(0.2) and learning_rate(config, 999) == pytest.approx(0.02, abs=0.001)
+    assert learning_rate(config, 500) == pytest.approx(0.2) and learning_rate(
+        config, 999
+    ) == pytest.approx(0.02, abs=0.001)
     dense = replace(config, codebooks="none")
-    assert learning_rate(dense, 500) == pytest.approx(0.55) and learning_rate(dense, 999) == pytest.approx(0.1, abs=0.001)
+    assert learning_rate(dense, 500) == pytest.approx(0.55) and learning_rate(
+        dense, 999
+    ) == pytest.approx(0.1, abs=0.001)
 
 
 def test_paper_preset_is_the_papers_method():
     config = TrainConfig(**PRESETS["paper"])
     assert (config.n_layer, config.n_embd, config.n_head, config.block_size) == (4, 128, 4, 128)
-    assert (config.n_codes, config.similarity, config.decay, config.dense_steps) == (1000, "cosine", None, 0)
-    assert config.sites() == ["head", "mlp"] and config.k == 1 and config.autoencoding == 1.0 and config.commitment == 0.0
+    assert (config.n_codes, config.similarity, config.decay, config.dense_steps) == (
+        1000,
+        "cosine",
+        None,
+        0,
+    )
+    assert (
+        config.sites() == ["head", "mlp"]
+        and config.k == 1
+        and config.autoencoding == 1.0
+        and config.commitment == 0.0
+    )
 
 
 @pytest.mark.parametrize("stop_at", [20, 40])  # in the dense phase, and with codebooks
@@ -144,7 +170,15 @@ def test_resumed_run_ends_as_the_unbroken_one(stop_at, tiny_run, tmp_path, monke
 
 def test_ctrl_c_leaves_a_run_that_resumes(tiny_run, tmp_path):
     """The command is stopped after its first evaluation, which it announces on its output."""
-    command = [sys.executable, "-u", "-m", "minicode.train_fsm", "--out", str(tmp_path / "run"), *TINY]
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "minicode.train_fsm",
+        "--out",
+        str(tmp_path / "run"),
+        *TINY,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*command, "--steps", "4000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True, env=environment)  # fmt: skip
@@ -152,7 +186,11 @@ def test_ctrl_c_leaves_a_run_that_resumes(tiny_run, tmp_path):
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=100)
-    assert process.returncode == 130 and "with --resume and not --overwrite, continues it" in stderr and "Traceback" not in stderr
+    assert (
+        process.returncode == 130
+        and "with --resume and not --overwrite, continues it" in stderr
+        and "Traceback" not in stderr
+    )
     state = torch.load(tmp_path / "run" / "train_state.pt", weights_only=True)
     assert 30 <= state["step"] < 4000 and state["step"] % 20  # not one of the regular checkpoints
     model = load_run(tmp_path / "run").model
@@ -174,14 +212,19 @@ def test_seed_is_not_the_machines(tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         train(tmp_path / "a", "--lr", "1e30")
-    assert error.value.code == 1 and "try a lower --lr" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert (
+        error.value.code == 1
+        and "try a lower --lr" in capsys.readouterr().err.strip().splitlines()[-1]
+    )
     assert (tmp_path / "a" / "config.json").exists()
 
 
 def test_damaged_metrics_are_refused_on_resume(tiny_run, tmp_path, capsys):
     folder = shutil.copytree(tiny_run, tmp_path / "run")
     (folder / "metrics.jsonl").write_text("{]\n")
-    assert "metrics.jsonl is damaged" in refusal(train_fsm, "--out", folder, *TINY, "--resume", capsys=capsys)
+    assert "metrics.jsonl is damaged" in refusal(
+        train_fsm, "--out", folder, *TINY, "--resume", capsys=capsys
+    )
 
 
 def test_bfloat16_and_compile(tmp_path):
@@ -194,15 +237,25 @@ def test_existing_runs_are_never_lost(tiny_run, tmp_path, capsys):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     line = refusal(train_fsm, "--out", folder, *TINY, capsys=capsys)
     assert "holds a run already: --resume continues it, --overwrite replaces it" in line
-    assert "other settings than these (repeat its flags): steps" in refusal(train_fsm, "--out", folder, *TINY, "--resume", "--steps", 70, capsys=capsys)
-    assert "its data" in refusal(train_fsm, "--out", folder, *TINY, "--resume", "--n-edges", 2, capsys=capsys)
+    assert "other settings than these (repeat its flags): steps" in refusal(
+        train_fsm, "--out", folder, *TINY, "--resume", "--steps", 70, capsys=capsys
+    )
+    assert "its data" in refusal(
+        train_fsm, "--out", folder, *TINY, "--resume", "--n-edges", 2, capsys=capsys
+    )
     refusal(train_fsm, "--out", folder, *TINY, "--overwrite", "--k", 99, capsys=capsys)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert train_fsm(["--out", str(folder), *TINY, "--resume"]) == 0  # done already: shows its figures again
-    assert "not allowed with argument" in refusal(train_fsm, "--out", folder, "--resume", "--overwrite", capsys=capsys)
+    assert (
+        train_fsm(["--out", str(folder), *TINY, "--resume"]) == 0
+    )  # done already: shows its figures again
+    assert "not allowed with argument" in refusal(
+        train_fsm, "--out", folder, "--resume", "--overwrite", capsys=capsys
+    )
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("years of work")
-    assert "is not empty, and not a run" in refusal(train_fsm, "--out", tmp_path / "other", "--overwrite", capsys=capsys)
+    assert "is not empty, and not a run" in refusal(
+        train_fsm, "--out", tmp_path / "other", "--overwrite", capsys=capsys
+    )
     assert "no run in" in refusal(train_fsm, "--out", tmp_path / "none", "--resume", capsys=capsys)
     assert not (tmp_path / "none").exists()
 
@@ -290,7 +343,9 @@ def damage_missing(folder):
         (damage_missing, "has no checkpoint yet"),
     ],
 )
-def test_damaged_and_hostile_files_are_refused_in_one_line(damage, words, tiny_run, tmp_path, capsys, monkeypatch):
+def test_damaged_and_hostile_files_are_refused_in_one_line(
+    damage, words, tiny_run, tmp_path, capsys, monkeypatch
+):
     folder = shutil.copytree(tiny_run, tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     damage(folder)
@@ -302,5 +357,7 @@ def test_hostile_checkpoint_is_refused_on_resume(tiny_run, tmp_path, capsys, mon
     folder = shutil.copytree(tiny_run, tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     torch.save({"model": Harmful()}, folder / "train_state.pt")
-    assert "train_state.pt is damaged" in refusal(train_fsm, "--out", folder, *TINY, "--resume", capsys=capsys)
+    assert "train_state.pt is damaged" in refusal(
+        train_fsm, "--out", folder, *TINY, "--resume", capsys=capsys
+    )
     assert not (tmp_path / "executed").exists()

@@ -21,11 +21,17 @@ def test_nearest():
     distance = (a.double().unsqueeze(1) - E.double()).norm(dim=-1)  # (N, C)
     with Spy() as spy:
         ids = nearest(a, E)
-    assert ids.shape == (300,) and ids.dtype == torch.int64, f"ids must be int64 (300,), not {ids.dtype} {tuple(ids.shape)}"
+    assert ids.shape == (300,) and ids.dtype == torch.int64, (
+        f"ids must be int64 (300,), not {ids.dtype} {tuple(ids.shape)}"
+    )
     wrong = (ids != distance.argmin(1)).sum().item()
-    assert not torch.equal(ids, (a @ E.T).argmax(1)), "these are the codes with the highest a·E_i: the offset is missing"
+    assert not torch.equal(ids, (a @ E.T).argmax(1)), (
+        "these are the codes with the highest a·E_i: the offset is missing"
+    )
     assert wrong == 0, f"{wrong} of 300 activations have another code nearest to them"
     matmuls = sum(name in ("mm", "addmm", "bmm", "baddbmm") for name in spy.names)
     assert matmuls == 1, f"one matmul is enough; you used {matmuls}"
-    assert spy.largest <= 300 * 200, f"a tensor of {spy.largest} numbers was made; the scores are {300 * 200}"
+    assert spy.largest <= 300 * 200, (
+        f"a tensor of {spy.largest} numbers was made; the scores are {300 * 200}"
+    )
     assert not any("cdist" in name for name in spy.names), "no distances are needed"

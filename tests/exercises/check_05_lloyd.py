@@ -13,6 +13,10 @@ def test_lloyd():
     assert torch.equal(E, before), "E itself was changed: return new codes"
     assert got.shape == (30, 3), f"the new codes must be (30, 3), not {tuple(got.shape)}"
     assert not got.isnan().any(), "there are NaNs: the mean of no activation is 0 / 0"
-    assert torch.equal(got[empty], E[empty]), f"the codes {empty} are nearest to no activation, and must stay where they are"
+    assert torch.equal(got[empty], E[empty]), (
+        f"the codes {empty} are nearest to no activation, and must stay where they are"
+    )
     wrong = [i for i in range(30) if not torch.allclose(got[i], wanted[i], atol=1e-5)]
-    assert not wrong, f"the codes {wrong} are not the means of the activations to which they are the nearest"
+    assert not wrong, (
+        f"the codes {wrong} are not the means of the activations to which they are the nearest"
+    )

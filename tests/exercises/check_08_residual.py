@@ -13,8 +13,12 @@ def test_residual():
     for j in range(k):
         wanted = (left.unsqueeze(1) - E).norm(dim=-1).argmin(1)
         wrong = (ids[:, j] != wanted).sum().item()
-        assert wrong == 0, f"choice {j + 1}: for {wrong} of 200 another code is the nearest to what is left"
+        assert wrong == 0, (
+            f"choice {j + 1}: for {wrong} of 200 another code is the nearest to what is left"
+        )
         left -= E[wanted]
     together = topk_codes(a, E, k, "distance")[1]
     theirs, yours = ((a - E[some].sum(1)).square().mean().item() for some in (together, ids))
-    assert yours < theirs / 2, f"the error must be far below that of the {k} nearest together, {theirs:.3f}, not {yours:.3f}"
+    assert yours < theirs / 2, (
+        f"the error must be far below that of the {k} nearest together, {theirs:.3f}, not {yours:.3f}"
+    )

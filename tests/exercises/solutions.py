@@ -42,7 +42,9 @@ def lloyd(a, E):
 def precision_recall(fsm, tokens, ids, code, state):
     fires = (ids == code).any(-1)  # (n, T)
     there = torch.zeros_like(fires)
-    ends = there[:, fsm.digits :: fsm.digits]  # a view: the positions at which a state has been read
+    ends = there[
+        :, fsm.digits :: fsm.digits
+    ]  # a view: the positions at which a state has been read
     states = torch.from_numpy(fsm.decode(tokens[:, 1:]))
     ends[:] = states == state
     both = (fires & there).sum().item()
@@ -74,7 +76,9 @@ class TopK(nn.Module):
         super().__init__()
         self.k = k
         self.codes = nn.Parameter(nn.functional.normalize(torch.randn(1, n_codes, dim), dim=-1))
-        self.encoder = nn.Parameter(self.codes.detach()[0].clone())  # tied at the start: W = E, of length 1
+        self.encoder = nn.Parameter(
+            self.codes.detach()[0].clone()
+        )  # tied at the start: W = E, of length 1
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x):

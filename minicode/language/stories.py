@@ -16,19 +16,32 @@ class Stories:
     """The grammar in stories.txt: an endless list of stories, each known by its number."""
 
     def __init__(self):
-        text = re.sub(r"^#.*\n", "", Path(__file__).with_name("stories.txt").read_text(), flags=re.M)
+        text = re.sub(
+            r"^#.*\n", "", Path(__file__).with_name("stories.txt").read_text(), flags=re.M
+        )
         sections = dict(re.findall(r"^\[(.*)\]\n([^\[]*)", text, flags=re.M))
-        paragraphs = {name: [part.split("\n") for part in re.split(r"\n\n+", body.strip())] for name, body in sections.items()}
+        paragraphs = {
+            name: [part.split("\n") for part in re.split(r"\n\n+", body.strip())]
+            for name, body in sections.items()
+        }
         self.words = _words(paragraphs["words"][0])
-        self.openings, self.about, self.shared = (paragraphs[name][0] for name in ("opening", "about", "shared"))
-        self.people = [(name, kind.split()) for kind, names in map(_halves, paragraphs["characters"][0]) for name in names.split()]
+        self.openings, self.about, self.shared = (
+            paragraphs[name][0] for name in ("opening", "about", "shared")
+        )
+        self.people = [
+            (name, kind.split())
+            for kind, names in map(_halves, paragraphs["characters"][0])
+            for name in names.split()
+        ]
         self.moods = [value for name, value in paragraphs.items() if name.startswith("mood ")]
         self.topics, self.mention = {}, {}
         for name in paragraphs:
             if name.startswith("topic "):
                 topic, pattern = _halves(name.removeprefix("topic "))
                 self.topics[topic] = (_words(paragraphs[name][0]), *paragraphs[name][1:])
-                self.mention[topic] = re.compile(rf"\b({pattern})\b", re.I)  # what it is to mention the topic
+                self.mention[topic] = re.compile(
+                    rf"\b({pattern})\b", re.I
+                )  # what it is to mention the topic
 
     def story(self, number):
         """Story `number` as a list of (sentence, topic); the topic is None until it has come in.
@@ -38,14 +51,27 @@ class Stories:
         rng = random.Random(number)
         words = dict(self.words)
         for end, (name, kind) in zip(("", "2"), rng.sample(self.people, 2)):
-            words.update(zip([word + end for word in ("name", "kid", "he", "him", "his")], [[word] for word in (name, *kind)]))
+            words.update(
+                zip(
+                    [word + end for word in ("name", "kid", "he", "him", "his")],
+                    [[word] for word in (name, *kind)],
+                )
+            )
         topics = rng.sample(list(self.topics), 2 if rng.random() < 1 / 8 else 1)
         mood, mood_end = rng.choice(self.moods)
-        plan = [(line, None) for line in (rng.choice(self.openings), *rng.sample(self.about, rng.choice((0, 1, 1, 2))))]
+        plan = [
+            (line, None)
+            for line in (
+                rng.choice(self.openings),
+                *rng.sample(self.about, rng.choice((0, 1, 1, 2))),
+            )
+        ]
         others = iter(rng.sample(self.shared, 4) + rng.sample(mood, 4))
         for topic in topics:
             _, begin, middle, end = self.topics[topic]
-            lines = rng.sample(middle, rng.randint(3, 5)) + [next(others) for _ in range(rng.randint(1, 3))]
+            lines = rng.sample(middle, rng.randint(3, 5)) + [
+                next(others) for _ in range(rng.randint(1, 3))
+            ]
             plan += [(line, topic) for line in (rng.choice(begin), *rng.sample(lines, len(lines)))]
         plan.append((rng.choice(rng.choice((end, mood_end))), topic))
         story, before = [], None

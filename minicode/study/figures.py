@@ -34,8 +34,16 @@ class Axis:
 
     def __init__(self, values, start, end):
         self.start, self.end, self.named = start, end, bool(values) and isinstance(values[0], str)
-        self.ticks = list(enumerate(values)) if self.named else [(tick, f"{tick:,.10g}") for tick in ticks(values)]
-        reached = [-0.5, len(values) - 0.5] if self.named else [*dict(self.ticks), *filter(finite, values)]
+        self.ticks = (
+            list(enumerate(values))
+            if self.named
+            else [(tick, f"{tick:,.10g}") for tick in ticks(values)]
+        )
+        reached = (
+            [-0.5, len(values) - 0.5]
+            if self.named
+            else [*dict(self.ticks), *filter(finite, values)]
+        )
         self.low, self.high = min(reached), max(reached)
 
     def __call__(self, value):
@@ -51,10 +59,15 @@ class Chart:
         for i, name in enumerate(legend):
             width = 32 + LETTER * len(name)
             left, top = (0, top + 20) if left and left + width > WIDTH else (left, top)
-            self.parts.append(f'<path class="c{i % 6}" d="M{left} {top - 10}h11v11h-11z" fill="currentColor"/>')
+            self.parts.append(
+                f'<path class="c{i % 6}" d="M{left} {top - 10}h11v11h-11z" fill="currentColor"/>'
+            )
             self.text(left + 17, top, name)
             left += width
-        top, bottom = (top + 18 if legend else 10) + 18 * bool(y_label), height - (46 if x_label else 26)
+        top, bottom = (
+            (top + 18 if legend else 10) + 18 * bool(y_label),
+            height - (46 if x_label else 26),
+        )
         self.y = Axis(y, bottom, top)
         if self.y.named:  # from the top down
             self.y.start, self.y.end = top, bottom
@@ -76,16 +89,23 @@ class Chart:
             d, step = d + (step + place) * bool(place), "L" if place and not dots else "M"
         style = f'stroke-width="{width}" stroke-dasharray="{dash}" stroke-linecap="round"'
         title = title and f"<title>{escape(title)}</title>"
-        self.parts += [f'<path class="{color}" d="{d}" fill="{fill}" stroke="currentColor" {style}>{title}</path>'] * bool(d)
+        self.parts += [
+            f'<path class="{color}" d="{d}" fill="{fill}" stroke="currentColor" {style}>{title}</path>'
+        ] * bool(d)
 
     def text(self, x, y, text, anchor="start", color=""):
         place = f'class="{color}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
         self.parts += [f"<text {place}>{escape(text)}</text>"] * bool(text)
 
     def svg(self):
-        title, size = escape(self.title), f'width="{WIDTH}" height="{self.height}" viewBox="0 0 {WIDTH} {self.height}"'
+        title, size = (
+            escape(self.title),
+            f'width="{WIDTH}" height="{self.height}" viewBox="0 0 {WIDTH} {self.height}"',
+        )
         head = f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" {size} role="img" aria-label="{title}">'
-        return "".join((head, f"<title>{title}</title><style>{STYLE}</style>", *self.parts, "</svg>"))
+        return "".join(
+            (head, f"<title>{title}</title><style>{STYLE}</style>", *self.parts, "</svg>")
+        )
 
 
 def bars(groups, series, values, errors=None, *, title="", x="", y="", horizontal=False, cover=()):
@@ -98,10 +118,16 @@ def bars(groups, series, values, errors=None, *, title="", x="", y="", horizonta
             drawn.append((j + 0.8 * ((i + 0.5) / n - 0.5), value, error, f"c{i % 6}", note))
             numbers += [value - error, value + error]
     swap = (lambda a, b: (b, a)) if horizontal else (lambda a, b: (a, b))
-    height, legend = 80 + len(groups) * (12 + 13 * n) if horizontal else 300, series if n > 1 else ()
+    height, legend = (
+        80 + len(groups) * (12 + 13 * n) if horizontal else 300,
+        series if n > 1 else (),
+    )
     chart = Chart(title, *swap(groups, numbers), x, y, legend, height)
     for at, value, error, color, note in drawn:
-        box = [swap(at + side * 0.36 / n, end) for side, end in ((-1, 0), (-1, value), (1, value), (1, 0))]
+        box = [
+            swap(at + side * 0.36 / n, end)
+            for side, end in ((-1, 0), (-1, value), (1, value), (1, 0))
+        ]
         chart.path(box, color, 0, "currentColor", title=note)
         chart.path([swap(at, value - error), swap(at, value + error)] if error else [], width=1.5)
     return chart.svg()
@@ -122,14 +148,23 @@ def lines(series, *, title="", x="", y="", reference=None, cover=()):
     return chart.svg()
 
 
-def scatter(points, colors=None, names=(), labels=None, *, title="", x="", y="", diagonal=False, cover=()):
+def scatter(
+    points, colors=None, names=(), labels=None, *, title="", x="", y="", diagonal=False, cover=()
+):
     """Points (x, y) in the colours 0, 1, 2 ..., which may have names; a point with a label is larger than the others."""
     colors, labels = colors or [0] * len(points), labels or [""] * len(points)
-    chart = Chart(title, *([*cover, *(point[axis] for point in points)] for axis in (0, 1)), x, y, names, 400)
+    chart = Chart(
+        title, *([*cover, *(point[axis] for point in points)] for axis in (0, 1)), x, y, names, 400
+    )
     if diagonal:
-        chart.path([(max(chart.x.low, chart.y.low),) * 2, (min(chart.x.high, chart.y.high),) * 2], dash="4 3")
+        chart.path(
+            [(max(chart.x.low, chart.y.low),) * 2, (min(chart.x.high, chart.y.high),) * 2],
+            dash="4 3",
+        )
     for i in range(max(colors, default=-1) + 1):
-        chosen = [point for point, color, label in zip(points, colors, labels) if color == i and not label]
+        chosen = [
+            point for point, color, label in zip(points, colors, labels) if color == i and not label
+        ]
         chart.path(chosen, f"c{i % 6}", 5, dots=True)
     for point, color, label in zip(points, colors, labels):
         if label and finite(*point):

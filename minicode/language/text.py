@@ -13,96 +13,28 @@ import math
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from minicode.model import option
-from minicode.stories import stories
+from minicode.language.stories import stories
+from minicode.language.tokenizer import (
+    PIECES,
+    SEPARATOR,
+    Tokenizer,
+    decode_utf8,
+    list_files,
+    split_file,
+    to_bytes,
+)
+from minicode.runtime.options import option
 
-PIECES = re.compile(r" ?\w+| ?[^\w\s]|\s+")  # every character is in one of them
-SEPARATOR = 256  # between documents, and before the first; below it are the bytes, above it the pieces
-LONGEST = 1 << 12  # bytes of a document; what is longer is cut at the end of a line or of a word
 N_WORDS = 200  # frequent words that codes may stand for
-HELD_OUT = 10  # one in so many: stories with a number that it divides, or the last part of the user's text
-DOCUMENT = rb"""
-    ( .{0,LONGEST}? (?= \r?\n\r?\n | \Z)  # up to a blank line, or to the end of the file;
-    | .{1,LONGEST} (?= \n)                 # if that is too far, up to the end of a line,
-    | .{1,LONGEST} (?= [ ])                # or of a word,
-    | .{1,LONGEST} (?! [\x80-\xbf])        # or of a character
-    | .{1,LONGEST} )                       # (what is no UTF-8 has none)
-    (?: \r?\n\r?\n )?"""
-
-
-class Tokenizer:
-    """Tokens of a text, and back. `pieces`: the vocabulary beyond the bytes and the separator, a list of strings."""
-
-    def __init__(self, pieces):
-        self.pieces = list(pieces)
-        self.ids = {piece: i for i, piece in enumerate(self.pieces, SEPARATOR + 1)}
-        self.vocab_size = SEPARATOR + 1 + len(self.pieces)
-        self.bytes = [bytes([i]) for i in range(SEPARATOR)] + [b"\n\n", *map(to_bytes, self.pieces)]
-        self.sizes = np.array([len(b) for b in self.bytes])  # of each token, in bytes
-
-    def encode(self, text):
-        """The tokens of a string: a list of ints, none of them the separator."""
-        tokens = []
-        for piece in PIECES.findall(text):
-            if piece in self.ids:
-                tokens.append(self.ids[piece])
-            else:
-                tokens.extend(to_bytes(piece))
-        return tokens
-
-    def decode(self, tokens):
-        """The string of tokens; a separator is a blank line, and bytes that are no UTF-8 become question marks."""
-        content = b"".join(self.bytes[token] for token in tokens)
-        try:
-            return content.decode("utf-8", "surrogatepass")
-        except UnicodeDecodeError:  # a model may put any two bytes beside each other
-            return content.decode("utf-8", "replace")
-
-
-def to_bytes(text):
-    """UTF-8; what a Python string may hold beyond it, surrogates that are alone, is kept too."""
-    return text.encode("utf-8", "surrogatepass")
-
-
-def list_files(paths):
-    """The files that are named, and those in the folders that are, hidden ones left out."""
-    files = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise ValueError(f"there is no file or folder {path}")
-        inside = [p for p in path.rglob("*") if p.is_file() and "/." not in f"/{p.relative_to(path).as_posix()}"]
-        files += sorted(inside) if path.is_dir() else [path]
-    if not (files := [path for path in files if path.stat().st_size]):
-        raise ValueError(f"{' '.join(map(str, paths))}: there is no text, not a byte")
-    return files
-
-
-def split_file(path):
-    """(offset, bytes) of each document of a file: what stands between blank lines, or, where that is too long, a part.
-
-    A part ends before a line's end, before a space, or between two characters. The file is mapped, and not read as a whole.
-    """
-    document = re.compile(DOCUMENT.replace(b"LONGEST", b"%d" % LONGEST), re.DOTALL | re.VERBOSE)
-    for match in document.finditer(np.memmap(path, mode="r")):
-        yield match.start(), match[1]
-
-
-def decode_utf8(path, offset, content):
-    """The text of bytes that stand at an offset in a file; a ValueError where they are none."""
-    if b"\0" in content:
-        raise ValueError(f"{path} is no text: there is a zero byte at offset {offset + content.index(0)}")
-    try:
-        return content.decode().removeprefix("" if offset else "\ufeff")
-    except UnicodeDecodeError as error:
-        at = error.start
-        raise ValueError(f"{path} is not UTF-8: byte {content[at]:#04x} at offset {offset + at} ({error.reason})") from None
+HELD_OUT = (
+    10  # one in so many: stories with a number that it divides, or the last part of the user's text
+)
 
 
 @dataclass(eq=False)
@@ -116,13 +48,17 @@ class Text:
     group: ClassVar = 0  # tokens that make one word; 0: each token has its own spaces
     between: ClassVar = "\n\n---\n\n"  # samples
     data: list | None = option(
-        None, "files or folders of UTF-8 text; without: stories, made on the spot", {"nargs": "+", "metavar": "FILE"}
+        None,
+        "files or folders of UTF-8 text; without: stories, made on the spot",
+        {"nargs": "+", "metavar": "FILE"},
     )
     vocab: int = option(2048, "tokens in the vocabulary, at most: 257, and the most frequent words")
     pieces: list | None = option(None, "those words", flag=None)
     fingerprint: str = option("", "hash of the text, or of the grammar of the stories", flag=None)
     n_tokens: list | None = option(None, "tokens to train on, and held out", flag=None)
-    loss_unigram: float = option(0.0, "loss on held-out text when only each token's frequency is known", flag=None)
+    loss_unigram: float = option(
+        0.0, "loss on held-out text when only each token's frequency is known", flag=None
+    )
 
     def __post_init__(self):
         if self.vocab <= SEPARATOR:
@@ -132,27 +68,44 @@ class Text:
             self._count()
         self.tokenizer = Tokenizer(self.pieces)
         self.vocab_size = self.tokenizer.vocab_size
-        self.vocabulary = [self.show([SEPARATOR, token]) for token in range(self.vocab_size)]  # the text of each token
+        self.vocabulary = [
+            self.show([SEPARATOR, token]) for token in range(self.vocab_size)
+        ]  # the text of each token
         self.most_block = math.inf if self.data is None else min(self.n_tokens) - 1
-        self.detected = ("word", "after") if self.data else ("topic",)  # what codes are compared with neurons on
+        self.detected = (
+            ("word", "after") if self.data else ("topic",)
+        )  # what codes are compared with neurons on
         self.topics = [] if self.data else list(stories().topics)
 
     def __str__(self):
-        about = f"stories on {len(self.topics)} topics" if self.data is None else f"{sum(self.n_tokens):,} tokens of your own text"
+        about = (
+            f"stories on {len(self.topics)} topics"
+            if self.data is None
+            else f"{sum(self.n_tokens):,} tokens of your own text"
+        )
         return f"{about}, a vocabulary of {self.vocab_size}"
 
     def __eq__(self, other):
-        return isinstance(other, Text) and (self.fingerprint, self.pieces) == (other.fingerprint, other.pieces)
+        return isinstance(other, Text) and (self.fingerprint, self.pieces) == (
+            other.fingerprint,
+            other.pieces,
+        )
 
     def _count(self):
         """Reads the text once: the vocabulary by frequency in the training part, and the figures that follow."""
-        counts, n_documents, digest = (Counter(), Counter()), [0, 0], hashlib.blake2b(digest_size=16)
+        counts, n_documents, digest = (
+            (Counter(), Counter()),
+            [0, 0],
+            hashlib.blake2b(digest_size=16),
+        )
         for text, held_out in self._documents():
             counts[held_out].update(PIECES.findall(text))
             n_documents[held_out] += 1
             digest.update(text.encode())
         self.fingerprint = digest.hexdigest()
-        often = sorted((-n, piece) for piece, n in counts[0].items() if n > 1 and len(to_bytes(piece)) > 1)
+        often = sorted(
+            (-n, piece) for piece, n in counts[0].items() if n > 1 and len(to_bytes(piece)) > 1
+        )
         self.pieces = [piece for _, piece in often[: self.vocab - SEPARATOR - 1]]
         tokenizer = Tokenizer(self.pieces)
         used = np.zeros((2, tokenizer.vocab_size))
@@ -162,7 +115,9 @@ class Text:
                 np.add.at(used[part], tokenizer.encode(piece), n)
         self.n_tokens = [int(n) for n in used.sum(1)]
         if min(self.n_tokens) < 2:
-            raise ValueError(f"{' '.join(self.data)}: too little text: {self.n_tokens[0]} tokens to train on, {self.n_tokens[1]} held out")
+            raise ValueError(
+                f"{' '.join(self.data)}: too little text: {self.n_tokens[0]} tokens to train on, {self.n_tokens[1]} held out"
+            )
         p = (used[0] + 1) / (used[0] + 1).sum()
         self.loss_unigram = float(-(used[1] * np.log(p)).sum() / used[1].sum())
 
@@ -173,11 +128,16 @@ class Text:
         """
         if self.data is None:
             for number in range(4000):
-                yield " ".join(sentence for sentence, _ in stories().story(number)), number % HELD_OUT == 0
+                yield (
+                    " ".join(sentence for sentence, _ in stories().story(number)),
+                    number % HELD_OUT == 0,
+                )
             return
         paths = list_files(self.data)
         total, before, seen = sum(path.stat().st_size for path in paths), 0, set()
-        with tqdm(total=total, unit="B", unit_scale=True, desc="reading", leave=False, disable=None) as bar:
+        with tqdm(
+            total=total, unit="B", unit_scale=True, desc="reading", leave=False, disable=None
+        ) as bar:
             for path in paths:
                 for offset, content in split_file(path):
                     text, end = decode_utf8(path, offset, content), before + offset + len(content)
@@ -189,13 +149,19 @@ class Text:
                         yield text, held_out
                 before += path.stat().st_size
 
-    dtype = property(lambda self: np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<i4"))  # of the tokens in their file
+    dtype = property(
+        lambda self: np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<i4")
+    )  # of the tokens in their file
 
     def files(self):
         """What a run's folder keeps of the data, by file: the tokens of the user's own text, and all else as JSON."""
         files = {self.file: json.dumps(asdict(self))}
         if self.data:
-            tokens = (token for text, _ in self._documents() for token in (*self.tokenizer.encode(text), SEPARATOR))
+            tokens = (
+                token
+                for text, _ in self._documents()
+                for token in (*self.tokenizer.encode(text), SEPARATOR)
+            )
             files = {self.tokens_file: np.fromiter(tokens, self.dtype), **files}
         return files
 
@@ -205,10 +171,14 @@ class Text:
             return
         path = folder / self.tokens_file
         if not path.is_file() or path.stat().st_size != sum(self.n_tokens) * self.dtype.itemsize:
-            raise ValueError(f"{path} is damaged: it does not hold the {sum(self.n_tokens)} tokens of {folder / self.file}")
+            raise ValueError(
+                f"{path} is damaged: it does not hold the {sum(self.n_tokens)} tokens of {folder / self.file}"
+            )
         tokens = np.memmap(path, self.dtype, mode="r")
         if tokens.min() < 0 or tokens.max() >= self.vocab_size:
-            raise ValueError(f"{path} is damaged: there are tokens in it beyond the vocabulary of {self.vocab_size}")
+            raise ValueError(
+                f"{path} is damaged: there are tokens in it beyond the vocabulary of {self.vocab_size}"
+            )
         self.parts = tokens[: self.n_tokens[0]], tokens[self.n_tokens[0] :]
 
     # -- what is trained on, and what is not
@@ -228,7 +198,9 @@ class Text:
         after: the one before it.
         """
         tokens, labels = self._windows(rng, n, length, held_out=True)
-        words = [i for i, piece in enumerate(self.tokenizer.pieces) if re.search(r"\w", piece)][:N_WORDS]
+        words = [i for i, piece in enumerate(self.tokenizer.pieces) if re.search(r"\w", piece)][
+            :N_WORDS
+        ]
         number = np.full(self.vocab_size, -1)
         number[np.array(words, dtype=int) + SEPARATOR + 1] = np.arange(len(words))
         here, names = number[tokens], [self.tokenizer.pieces[i].strip() for i in words]
@@ -240,10 +212,17 @@ class Text:
         if self.data:
             part = self.parts[held_out]
             starts = rng.integers(len(part) - length + 1, size=n)
-            return np.stack([part[start : start + length] for start in starts]).astype(np.int64), None
-        tokens, labels = [], []  # of one story after the other; each window goes on where the last one ended
+            return np.stack([part[start : start + length] for start in starts]).astype(
+                np.int64
+            ), None
+        tokens, labels = (
+            [],
+            [],
+        )  # of one story after the other; each window goes on where the last one ended
         while len(tokens) < n * length:
-            number = HELD_OUT * int(rng.integers(1 << 48)) + (0 if held_out else int(rng.integers(1, HELD_OUT)))
+            number = HELD_OUT * int(rng.integers(1 << 48)) + (
+                0 if held_out else int(rng.integers(1, HELD_OUT))
+            )
             tokens.append(SEPARATOR)
             labels.append(-1)
             for i, (sentence, topic) in enumerate(stories().story(number)):
@@ -269,13 +248,20 @@ class Text:
     def texts(self, tokens):
         """The text of each token of tokens (n, T); a character of several tokens stands at the last of them."""
         decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in tokens]
-        return [[decoder.decode(self.tokenizer.bytes[token]) for token in row] for row, decoder in zip(tokens, decoders)]
+        return [
+            [decoder.decode(self.tokenizer.bytes[token]) for token in row]
+            for row, decoder in zip(tokens, decoders)
+        ]
 
-    def measures(self, model, seed, tokens, loss):
+    def measures(self, tokens, loss):
         """What the loss on sequences (n, T) means in other units; every byte of the text is counted, once."""
         targets = tokens[:, 1:]
         bits = float(loss / math.log(2) * targets.size / self.tokenizer.sizes[targets].sum())
-        return {"perplexity": math.exp(loss), "bits_per_byte": bits, "loss_unigram": self.loss_unigram}
+        return {
+            "perplexity": math.exp(loss),
+            "bits_per_byte": bits,
+            "loss_unigram": self.loss_unigram,
+        }
 
     @classmethod
     def from_json(cls, data):
@@ -283,6 +269,13 @@ class Text:
         words, numbers = data["pieces"], [data["vocab"], *data["n_tokens"]]
         strings = all(type(s) is str for s in (data["fingerprint"], *words, *(data["data"] or [])))
         whole = len(numbers) == 3 and all(type(n) is int and n >= 0 for n in numbers)
-        if not strings or not whole or len(set(words)) != len(words) or not math.isfinite(data["loss_unigram"]):
-            raise ValueError("its words must be different strings, and its numbers finite, and whole but for the loss")
+        if (
+            not strings
+            or not whole
+            or len(set(words)) != len(words)
+            or not math.isfinite(data["loss_unigram"])
+        ):
+            raise ValueError(
+                "its words must be different strings, and its numbers finite, and whole but for the loss"
+            )
         return cls(**data)

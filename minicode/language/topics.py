@@ -15,12 +15,15 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from minicode.control import GENERATED, Code, force
-from minicode.measures import detect, matches, record_codes
 from minicode.model import evaluating
-from minicode.run import read_json
+from minicode.runtime.files import read_json
+from minicode.study.detectors import detect, matches, record_codes
 
 N_SEQUENCES = 512  # that codes are recorded on
-MOST, PER_HEAD = 12, 4  # codes that are forced, in all and in one codebook: more of them are surer, and worse English
+MOST, PER_HEAD = (
+    12,
+    4,
+)  # codes that are forced, in all and in one codebook: more of them are surer, and worse English
 NEAR = 16  # a word's codes are those that fire on so many tokens before it
 PROMPTS = ("Once upon a time", "One day, a", "Long ago, in a land far away", "There was once a")
 PAPER = {  # share of generations about the topic, in per cent: before, and with its codes forced
@@ -30,18 +33,24 @@ PAPER = {  # share of generations about the topic, in per cent: before, and with
 
 def held_out(run):
     """Tokens (n, T) of a run's data that it was not trained on, and their labels."""
-    return run.data.labelled(np.random.default_rng((run.config.seed, 3)), N_SEQUENCES, run.config.block_size)
+    return run.data.labelled(
+        np.random.default_rng((run.config.seed, 3)), N_SEQUENCES, run.config.block_size
+    )
 
 
 def find_codes(recording, labels, names):
     """{name: its codes}: the MOST that detect the label best, by F1; PER_HEAD of a codebook at most, and none by chance."""
     found, result = detect(recording, labels, names), {}
     for i, name in enumerate(names):
-        usable = (found.recall[:, i] >= 0.01) & (found.precision[:, i] >= 2 * found.total[i] / labels.size)
+        usable = (found.recall[:, i] >= 0.01) & (
+            found.precision[:, i] >= 2 * found.total[i] / labels.size
+        )
         chosen, per_head = [], Counter()
         for number in np.argsort(-found.f1[:, i], kind="stable"):
             code = recording.names[number]
-            if usable[number] and per_head[code.site, code.group] < min(PER_HEAD, recording.model.codebooks()[code.site].k):
+            if usable[number] and per_head[code.site, code.group] < min(
+                PER_HEAD, recording.model.codebooks()[code.site].k
+            ):
                 per_head[code.site, code.group] += 1
                 chosen.append(str(code))
         result[name] = chosen[:MOST]
@@ -65,13 +74,23 @@ def expand(run, text):
     if topics is None or kind not in ("topic", "word"):
         raise ValueError(f"{text!r} is no code; on a run of text, topic:NAME and word:WORD are too")
     if kind == "topic" and name not in topics:
-        raise ValueError(f"there is no topic {name!r}; " + (f"there are {', '.join(topics)}" if topics else "your own text has none: try word:"))
+        raise ValueError(
+            f"there is no topic {name!r}; "
+            + (f"there are {', '.join(topics)}" if topics else "your own text has none: try word:")
+        )
     run.sites()
     if kind == "topic" and (run.folder / "steering.json").exists():
-        codes = read_json(run.folder / "steering.json", lambda table: [str(code) for code in table["topics"][name]["codes"]])
+        codes = read_json(
+            run.folder / "steering.json",
+            lambda table: [str(code) for code in table["topics"][name]["codes"]],
+        )
     else:
         tokens, kinds = held_out(run)
-        labels = np.where(kinds["topic"][0] == topics.index(name), 0, -1) if kind == "topic" else near(run.data.texts(tokens), name)
+        labels = (
+            np.where(kinds["topic"][0] == topics.index(name), 0, -1)
+            if kind == "topic"
+            else near(run.data.texts(tokens), name)
+        )
         if not (labels == 0).any():
             raise ValueError(f"{text}: it does not occur in the held-out text")
         codes = find_codes(record_codes(run.model, tokens), labels, [name])[name]
@@ -84,12 +103,17 @@ def perplexity_of(model, tokens, start):
     """Of tokens (n, T) from position `start` on, under a model."""
     with evaluating(model):
         logits, _ = model(tokens[:, :-1])
-    return math.exp(F.cross_entropy(logits[:, start - 1 :].flatten(0, 1).float(), tokens[:, start:].flatten()))
+    return math.exp(
+        F.cross_entropy(logits[:, start - 1 :].flatten(0, 1).float(), tokens[:, start:].flatten())
+    )
 
 
 def generate(run, prompt, codes, n_samples, seed, max_new_tokens):
     """Samples that continue a text, with codes forced: texts without the prompt, and their perplexity under the dense model."""
-    tokens, generator = run.data.prompt(prompt).repeat(n_samples, 1), torch.Generator(run.model.device).manual_seed(seed)
+    tokens, generator = (
+        run.data.prompt(prompt).repeat(n_samples, 1),
+        torch.Generator(run.model.device).manual_seed(seed),
+    )
     start, new = tokens.shape[1], min(max_new_tokens, run.config.block_size + 1 - tokens.shape[1])
     with force(run.model, codes, GENERATED):
         tokens = run.model.generate(tokens.to(run.model.device), new, generator=generator)
@@ -106,7 +130,12 @@ def steering_table(run, recording, labels, names, n_samples=10, max_new_tokens=1
     codes, rng, topics = find_codes(recording, labels, names), np.random.default_rng(seed), {}
 
     def sample(forced):
-        samples, judged = zip(*(generate(run, prompt, forced, n_samples, seed + i, max_new_tokens) for i, prompt in enumerate(PROMPTS)))
+        samples, judged = zip(
+            *(
+                generate(run, prompt, forced, n_samples, seed + i, max_new_tokens)
+                for i, prompt in enumerate(PROMPTS)
+            )
+        )
         return sum(samples, []), math.exp(np.mean(np.log(judged)))
 
     left_alone, perplexity_free = sample([])
@@ -119,18 +148,35 @@ def steering_table(run, recording, labels, names, n_samples=10, max_new_tokens=1
             others.append(free[rng.integers(len(free))])
         (after, perplexity), (random, _) = sample(codes[name]), sample(list(map(str, others)))
         samples = {"before": left_alone, "after": after, "random": random}
-        shares = {when: float(np.mean([run.data.mentions(name, text) for text in some])) for when, some in samples.items()}
-        topics[name] = {**shares, "perplexity_before": perplexity_free, "perplexity_after": perplexity, "codes": codes[name]}
+        shares = {
+            when: float(np.mean([run.data.mentions(name, text) for text in some]))
+            for when, some in samples.items()
+        }
+        topics[name] = {
+            **shares,
+            "perplexity_before": perplexity_free,
+            "perplexity_after": perplexity,
+            "codes": codes[name],
+        }
     measures = [measure for measure in topics[names[0]] if measure != "codes"]
-    return {"topics": topics, "mean": {m: float(np.mean([topic[m] for topic in topics.values()])) for m in measures}}
+    return {
+        "topics": topics,
+        "mean": {m: float(np.mean([topic[m] for topic in topics.values()])) for m in measures},
+    }
 
 
 def describe(table):
     """The table for people, beside the paper's."""
-    lines = [f"{'topic':10}{'before':>8}{'after':>8}{'random':>8}   perplexity before, after   paper: before, after"]
+    lines = [
+        f"{'topic':10}{'before':>8}{'after':>8}{'random':>8}   perplexity before, after   paper: before, after"
+    ]
     for name, row in [*table["topics"].items(), ("mean", table["mean"])]:
-        paper = PAPER.get(name, tuple(np.mean(list(PAPER.values()), axis=0)) if name == "mean" else None)
+        paper = PAPER.get(
+            name, tuple(np.mean(list(PAPER.values()), axis=0)) if name == "mean" else None
+        )
         shares = "".join(f"{row[m]:8.1%}" for m in ("before", "after", "random"))
         beside = f"{paper[0]:20.1f} %{paper[1]:6.1f} %" if paper else ""
-        lines.append(f"{name:10}{shares}{row['perplexity_before']:16.2f}{row['perplexity_after']:9.2f}{beside}")
+        lines.append(
+            f"{name:10}{shares}{row['perplexity_before']:16.2f}{row['perplexity_after']:9.2f}{beside}"
+        )
     return "\n".join(lines)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 ABI = int(torch._C._GLIBCXX_USE_CXX11_ABI)
 FLAGS = "-O3 -std=c++20 -march=native -ffp-contract=fast -fno-math-errno -fopenmp -fPIC -w"
 
@@ -43,8 +43,13 @@ def load():
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = " ".join(str(error).split())[:300]
         if mode == "require":
-            raise ValueError(f"MINICODE_EXT=require, but the extension can't be used: {reason}") from None
-        print(f"minicode: searching with PyTorch, without the C++ extension: {reason}", file=sys.stderr)
+            raise ValueError(
+                f"MINICODE_EXT=require, but the extension can't be used: {reason}"
+            ) from None
+        print(
+            f"minicode: searching with PyTorch, without the C++ extension: {reason}",
+            file=sys.stderr,
+        )
         return (), reason
 
 
@@ -52,7 +57,9 @@ def _find_cuda():
     """(nvcc and the GPU's architecture, None), or (None, why not), or (None, None) where there is no GPU."""
     if not (torch.version.cuda and torch.cuda.is_available()):
         return None, None
-    nvcc = shutil.which("nvcc") or shutil.which(os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin/nvcc")
+    nvcc = shutil.which("nvcc") or shutil.which(
+        os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin/nvcc"
+    )
     version = nvcc and re.search(r"release (\d+)", _output(nvcc, "--version"))
     if not version or version[1] != torch.version.cuda.split(".")[0]:
         found = f"nvcc is of CUDA {version[1]}" if version else "there is no nvcc"
@@ -67,9 +74,23 @@ def _load(cuda):
     compiler = next(filter(None, map(shutil.which, names)), None)
     if not compiler:
         raise RuntimeError(f"there is no C++ compiler ({', '.join(names)})")
-    files = sorted(path for path in sources.iterdir() if path.suffix in (".cpp", ".h") or (cuda and path.suffix in (".cu", ".cuh")))
-    cpu = _output(compiler, "-march=native", "-Q", "--help=target") or _output("grep", "-m1", "^flags", "/proc/cpuinfo")
-    parts = [torch.__version__, torch.version.cuda, sys.version, platform.machine(), cpu, FLAGS, ABI]
+    files = sorted(
+        path
+        for path in sources.iterdir()
+        if path.suffix in (".cpp", ".h") or (cuda and path.suffix in (".cu", ".cuh"))
+    )
+    cpu = _output(compiler, "-march=native", "-Q", "--help=target") or _output(
+        "grep", "-m1", "^flags", "/proc/cpuinfo"
+    )
+    parts = [
+        torch.__version__,
+        torch.version.cuda,
+        sys.version,
+        platform.machine(),
+        cpu,
+        FLAGS,
+        ABI,
+    ]
     parts += [cuda, cuda and _output(cuda[0], "--version"), _output(compiler, "--version")]
     parts += [path.read_text() for path in files]
     key = hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:24]
@@ -77,13 +98,22 @@ def _load(cuda):
     binary = cache / f"topk-{key}.so"
     if not _intact(binary):
         cache.mkdir(parents=True, exist_ok=True)
-        print("minicode: compiling the search, once; it takes a quarter of a minute", file=sys.stderr)
+        print(
+            "minicode: compiling the search, once; it takes a quarter of a minute", file=sys.stderr
+        )
         with tempfile.TemporaryDirectory(dir=cache, prefix="build-") as folder:
             for path in files:
                 shutil.copy(path, folder)
-            built = _build(Path(folder), compiler, cuda, [path for path in files if path.suffix in (".cpp", ".cu")])
+            built = _build(
+                Path(folder),
+                compiler,
+                cuda,
+                [path for path in files if path.suffix in (".cpp", ".cu")],
+            )
             content = built.read_bytes()
-            built.write_bytes(content + hashlib.sha256(content).digest())  # a loader ignores what follows the ELF file
+            built.write_bytes(
+                content + hashlib.sha256(content).digest()
+            )  # a loader ignores what follows the ELF file
             os.replace(built, binary)
     torch.ops.load_library(binary)
     _register_fakes()
@@ -118,23 +148,35 @@ def _build(folder, compiler, cuda, files):
     libraries = f"-L{shlex.quote(f'{root}/lib')} -lc10 -ltorch_cpu"
     rules = []
     if cuda:
-        homes = Path(cuda[0]).resolve().parent.parent, Path("/usr/local/cuda")  # nvcc may be a script that calls nvcc
-        home = next((home for home in homes if (home / "include" / "cuda_runtime.h").exists()), homes[0])
+        homes = (
+            Path(cuda[0]).resolve().parent.parent,
+            Path("/usr/local/cuda"),
+        )  # nvcc may be a script that calls nvcc
+        home = next(
+            (home for home in homes if (home / "include" / "cuda_runtime.h").exists()), homes[0]
+        )
         flags += f" -DMINICODE_CUDA -idirafter {home}/include"  # it may be /usr/include, whose place is last
         libraries += f" -lc10_cuda -L{home}/lib64 -lcudart"
-        rules = [f"rule cuda\n command = {cuda[0]} -O3 -std=c++17 -arch={cuda[1]} -Xcompiler -fPIC -c $in -o $out"]
+        rules = [
+            f"rule cuda\n command = {cuda[0]} -O3 -std=c++17 -arch={cuda[1]} -Xcompiler -fPIC -c $in -o $out"
+        ]
     objects = [f"{path.name}.o" for path in files]
     rules += [
         f"rule cpp\n command = {compiler} {flags} -c $in -o $out",
         f"rule link\n command = {compiler} -shared -fopenmp $in {libraries} -o $out",
-        *(f"build {name}: {'cuda' if path.suffix == '.cu' else 'cpp'} {path.name}" for name, path in zip(objects, files)),
+        *(
+            f"build {name}: {'cuda' if path.suffix == '.cu' else 'cpp'} {path.name}"
+            for name, path in zip(objects, files)
+        ),
         f"build topk.so: link {' '.join(objects)}\n",
     ]
     (folder / "build.ninja").write_text("\n".join(rules))
     result = subprocess.run([program, "-C", str(folder)], capture_output=True, text=True)
     if result.returncode:
         lines = (result.stdout + result.stderr).splitlines() or ["no output"]
-        raise RuntimeError(f"{compiler} failed: {next((line for line in lines if 'error' in line), lines[-1])}")
+        raise RuntimeError(
+            f"{compiler} failed: {next((line for line in lines if 'error' in line), lines[-1])}"
+        )
     return folder / "topk.so"
 
 
@@ -142,19 +184,27 @@ def _register_fakes():
     def empty(x, k):
         return x.new_empty(*x.shape[:2], k), x.new_empty(*x.shape[:2], k, dtype=torch.int64)
 
-    torch.library.register_fake("minicode_native::topk", lambda x, codes, k, similarity, coarse: empty(x, k))
-    torch.library.register_fake("minicode_native::topk_cuda", lambda x, codes, scale, offset, k, coarse: empty(x, k))
+    torch.library.register_fake(
+        "minicode_native::topk", lambda x, codes, k, similarity, coarse: empty(x, k)
+    )
+    torch.library.register_fake(
+        "minicode_native::topk_cuda", lambda x, codes, scale, offset, k, coarse: empty(x, k)
+    )
 
 
 def main():
     """python -m minicode.topk: says what the search uses here, and why."""
-    parser = argparse.ArgumentParser(prog="python -m minicode.topk", description=main.__doc__.split(": ")[1])
+    parser = argparse.ArgumentParser(
+        prog="python -m minicode.topk", description=main.__doc__.split(": ")[1]
+    )
     parser.parse_args()
     try:
         devices, what = load()
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(f"the C++ extension: {what if devices else 'none, ' + what}")
-    print(f"on a CPU:   {torch.ops.minicode_native.cpu_path() if devices else 'PyTorch, in chunks'}; {torch.get_num_threads()} threads")
+    print(
+        f"on a CPU:   {torch.ops.minicode_native.cpu_path() if devices else 'PyTorch, in chunks'}; {torch.get_num_threads()} threads"
+    )
     gpu = "CUDA for k up to 32, float32; large searches on bfloat16 tensor cores first"
     print(f"on a GPU:   {gpu if 'cuda' in devices else 'PyTorch, in chunks'}")

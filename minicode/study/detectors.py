@@ -7,16 +7,19 @@ them with neurons; `control_study` forces codes, and what could pass for them; `
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from minicode.control import Code, chosen, force, random_codes, record
+from minicode.control import Code, chosen, force, record
 from minicode.model import evaluating
 
-N_SEEDS, STUDENTS_T = 5, 2.776  # samples by which control is measured, and the t of so many for a 95 % interval
+N_SEEDS, STUDENTS_T = (
+    5,
+    2.776,
+)  # samples by which control is measured, and the t of so many for a 95 % interval
 
 
 @dataclass
@@ -32,12 +35,16 @@ class Recording:
         self.names, starts = [], {}  # a code's number is its place among those of all codebooks
         for site, group in dict.fromkeys(self.columns):
             starts[site, group] = len(self.names)
-            self.names += [Code(site, group, i) for i in range(self.model.codebooks()[site].n_codes)]
+            self.names += [
+                Code(site, group, i) for i in range(self.model.codebooks()[site].n_codes)
+            ]
         first = np.array([starts[column] for column in self.columns], dtype=np.int32)
         self.fired = self.codes.reshape(-1, len(first)) + first  # (n * T, columns): numbers
         self.count = np.bincount(self.fired.ravel(), minlength=len(self.names))
         by_code = np.argsort(self.fired, axis=None, kind="stable") // len(first)
-        self.where = np.split(by_code, np.cumsum(self.count)[:-1])  # of each code, the positions at which it fires
+        self.where = np.split(
+            by_code, np.cumsum(self.count)[:-1]
+        )  # of each code, the positions at which it fires
 
     def places(self, number, most):
         """Up to `most` positions at which a code fires, evenly spread over the recording."""
@@ -48,7 +55,12 @@ class Recording:
 def record_codes(model, tokens):
     """Runs the model over tokens (n, T)."""
     codebooks = {site: c for site, c in model.codebooks().items() if c.enabled}
-    columns = [(site, group) for site, c in codebooks.items() for group in range(c.groups) for _ in range(c.k)]
+    columns = [
+        (site, group)
+        for site, c in codebooks.items()
+        for group in range(c.groups)
+        for _ in range(c.k)
+    ]
     kind = np.int16 if max(c.n_codes for c in codebooks.values()) < 2**15 else np.int32
     codes = np.empty((*tokens.shape, len(columns)), kind)
     for rows in np.array_split(np.arange(len(tokens)), -(-len(tokens) // 64)):
@@ -76,10 +88,14 @@ def detect(recording, labels, names):
     flat, n_labels = labels.ravel(), len(names)
     known = flat >= 0
     pairs = recording.fired[known].astype(np.int64) * n_labels + flat[known, None]
-    both = np.bincount(pairs.ravel(), minlength=len(recording.names) * n_labels).reshape(len(recording.names), n_labels)
+    both = np.bincount(pairs.ravel(), minlength=len(recording.names) * n_labels).reshape(
+        len(recording.names), n_labels
+    )
     total = np.bincount(flat[known], minlength=n_labels)
     precision, recall = both / np.maximum(recording.count, 1)[:, None], both / np.maximum(total, 1)
-    return Detectors(precision, recall, 2 * both / np.maximum(recording.count[:, None] + total, 1), total)
+    return Detectors(
+        precision, recall, 2 * both / np.maximum(recording.count[:, None] + total, 1), total
+    )
 
 
 def best_labels(recording, kinds):
@@ -89,7 +105,11 @@ def best_labels(recording, kinds):
         found = detect(recording, labels, names)
         for code, label in enumerate(found.f1.argmax(1)) if names else ():
             if found.f1[code, label] > (best[code][-1] if best[code] else 0):
-                row = (found.precision[code, label], found.recall[code, label], found.f1[code, label])
+                row = (
+                    found.precision[code, label],
+                    found.recall[code, label],
+                    found.f1[code, label],
+                )
                 best[code] = (kind, names[label], *map(float, row))
     return best
 
@@ -129,7 +149,11 @@ def neurons(model, tokens):
     modules = [*model.codebooks().values(), *(block.mlp.mlp_mid_codebook for block in model.h)]
     with ExitStack() as stack, evaluating(model):
         for module in dict.fromkeys(modules):
-            stack.enter_context(module.register_forward_pre_hook(lambda m, args: values[-1].append(args[0].flatten(0, 1))))
+            stack.enter_context(
+                module.register_forward_pre_hook(
+                    lambda m, args: values[-1].append(args[0].flatten(0, 1))
+                )
+            )
         for part in torch.from_numpy(tokens).to(model.device).split(64):
             values.append([])
             model(part)
@@ -159,13 +183,29 @@ def codes_against_neurons(run, recording, kinds, n_positions=2**15):
     for labels, names in kinds:
         flat = labels[:rows].ravel()
         found = detect(recording, labels, names)
-        best = [(label, found.f1[:, label].argmax()) for label in np.unique(flat[flat >= 0])]  # label and code
+        best = [
+            (label, found.f1[:, label].argmax()) for label in np.unique(flat[flat >= 0])
+        ]  # label and code
         best = [(label, code) for label, code in best if found.f1[code, label] > 0]
-        precision = best_neurons(values, torch.from_numpy(flat), [(label, found.recall[code, label]) for label, code in best])
-        points += [(float(p), float(found.precision[code, label]), names[label]) for p, (label, code) in zip(precision, best)]
-    neuron, code = np.array([point[:2] for point in points] or [[0.0, 0.0]]).T  # none: no label occurs, or no code fires on one
+        precision = best_neurons(
+            values,
+            torch.from_numpy(flat),
+            [(label, found.recall[code, label]) for label, code in best],
+        )
+        points += [
+            (float(p), float(found.precision[code, label]), names[label])
+            for p, (label, code) in zip(precision, best)
+        ]
+    neuron, code = np.array(
+        [point[:2] for point in points] or [[0.0, 0.0]]
+    ).T  # none: no label occurs, or no code fires on one
     wins = float((code > neuron).mean())
-    return {"code_precision": float(code.mean()), "neuron_precision": float(neuron.mean()), "code_wins": wins, "points": points}
+    return {
+        "code_precision": float(code.mean()),
+        "neuron_precision": float(neuron.mean()),
+        "code_wins": wins,
+        "points": points,
+    }
 
 
 # -- what a code does
@@ -184,94 +224,15 @@ def forced_distributions(recording, numbers, n_contexts=16):
 
     def after(last):
         with evaluating(model):
-            return model(contexts[:, : last + 1])[0][:, -1].float().softmax(-1).mean(0).cpu().numpy()
+            return (
+                model(contexts[:, : last + 1])[0][:, -1].float().softmax(-1).mean(0).cpu().numpy()
+            )
 
     free, result = cache(after), {}
     for number, last in tqdm(ends.items(), desc="forcing codes", leave=False, disable=None):
         with force(model, str(recording.names[number]), last):
             result[number] = after(last)
     return result, np.mean([free(last) for last in ends.values()], axis=0)
-
-
-def shift(module, delta, position):
-    """Within the block, delta (B, n) is added to a module's output (B, T, n) at one position."""
-    return module.register_forward_hook(lambda m, args, out: out.index_add(1, torch.tensor([position], device=out.device), delta.unsqueeze(1)))
-
-
-def add_mean_difference(fsm, model, layer, rng):
-    """An `intervene` for FSM.steer: adds, after a layer, the difference of the mean activations in b and in a."""
-    contexts = fsm.runs(rng.integers(fsm.n_states, size=8))
-
-    def means(tails):  # (n, t) tokens that end a run -> (n, n_embd)
-        tails, which = tails.cpu().unique(dim=0, return_inverse=True)
-        outputs = []
-        with evaluating(model), model.h[layer].register_forward_hook(lambda m, args, out: outputs.append(out[:, -1])):
-            model(torch.cat((contexts.repeat(len(tails), 1), tails.repeat_interleave(len(contexts), 0)), 1).to(model.device))
-        return outputs[0].view(len(tails), len(contexts), -1).mean(1)[which]
-
-    def intervene(tokens, b_run):
-        tail = b_run.shape[1] - 1
-        return partial(shift, model.h[layer], means(b_run[:, 1:]) - means(tokens[:, -tail:]), tokens.shape[1] - 1)
-
-    return intervene
-
-
-def control_study(run, n_pairs=400):
-    """Control by site and at every site, beside the controls that it must beat: the measures `control` of design.md.
-
-    first: at the first state of a run; inside: at the end of a random number of states. Means, and half the width of the
-    95 % confidence interval, over N_SEEDS samples of n_pairs pairs of states.
-    """
-    fsm, model = run.fsm, run.model
-    sites = run.sites()
-    generator, rng = torch.Generator(model.device).manual_seed(0), np.random.default_rng(0)
-
-    everywhere, other = fsm.copy_codes(model, sites), int(rng.integers(1, fsm.n_states))
-
-    def wrong(tokens, b_run):
-        """What a run in another state than b chooses, always the same other one."""
-        state = fsm.decode(b_run[:, 1 : 1 + fsm.digits].cpu())[:, 0]
-        run = fsm.runs((state + other) % fsm.n_states).to(b_run.device)
-        return everywhere(tokens, torch.cat((run, b_run[:, 1 + fsm.digits :]), dim=1))
-
-    def shuffled(codes):
-        """At each site the codes of another pair's b."""
-        return {s: ids[torch.randperm(len(ids), generator=generator, device=ids.device)] for s, ids in codes.items()}
-
-    mlps = [site for site in sites if site.startswith("mlp.")]
-    ways = {"none": [], **{site: [site] for site in sites}, **({"all_mlp": mlps} if mlps else {}), "all": sites}
-    ways = {name: (model, fsm.copy_codes(model, some)) for name, some in ways.items()}
-    ways["random_code"] = model, fsm.copy_codes(model, sites, partial(random_codes, model, generator))
-    ways |= {"wrong_state": (model, wrong), "shuffled": (model, fsm.copy_codes(model, sites, shuffled))}
-    dense = run.dense if run.config.block_size >= 3 * fsm.digits else None  # there must be room for a context
-    if dense:
-        ways |= {f"mean_difference.{i}": (dense, add_mean_difference(fsm, dense, i, rng)) for i in range(len(dense.h))}
-    result = {name: {"first": [], "inside": []} for name in ways}
-    for _ in tqdm(range(N_SEEDS), desc="control", leave=False, disable=None):
-        b = (rng.integers(1, fsm.n_states, size=n_pairs) + (a := rng.integers(fsm.n_states, size=n_pairs))) % fsm.n_states
-        most = (run.config.block_size - fsm.digits) // fsm.digits  # states that a run may have before the next
-        n = int(rng.integers(most // 4, most)) + 1
-        inside = fsm.sequences(rng, n_pairs, 1 + n * fsm.digits)
-        b_inside = (fsm.decode(inside[:, 1:])[:, -1] + rng.integers(1, fsm.n_states, size=n_pairs)) % fsm.n_states
-        for name, (which, intervene) in ways.items():
-            result[name]["first"].append(fsm.control(which, fsm.runs(a), b, intervene, generator))
-            result[name]["inside"].append(fsm.control(which, torch.from_numpy(inside), b_inside, intervene, generator))
-    result = {name: {where: interval(rows) for where, rows in way.items()} for name, way in result.items()}
-    for way in result.values():
-        for where, row in way.items():
-            free = result["none"][where]["jsd"]
-            row["normalised_jsd"] = row["jsd"] / free if free else None
-    if dense:
-        shifts = [{**result.pop(f"mean_difference.{i}"), "layer": i} for i in range(len(dense.h))]
-        result["mean_difference"] = max(shifts, key=lambda way: way["first"]["control"])
-    return result
-
-
-def interval(rows):
-    """{"control", ...: the mean over rows, "control_ci", ...: half the width of its 95 % confidence interval}."""
-    values = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-    cis = {f"{name}_ci": float(STUDENTS_T * v.std(ddof=1) / len(v) ** 0.5) for name, v in values.items()}
-    return {**{name: float(v.mean()) for name, v in values.items()}, **cis}
 
 
 # -- the seed question
@@ -285,6 +246,11 @@ def agreement(one, other, generator):
 
     def mean_best(fired):
         both = (np.bincount(fired[at].ravel(), minlength=len(other.names)) for at in places)
-        return float(np.mean([(b / (len(at) + other.count - b)).max() for b, at in zip(both, places)]))
+        return float(
+            np.mean([(b / (len(at) + other.count - b)).max() for b, at in zip(both, places)])
+        )
 
-    return {"mean_iou": mean_best(other.fired), "chance": mean_best(generator.permutation(other.fired))}
+    return {
+        "mean_iou": mean_best(other.fired),
+        "chance": mean_best(generator.permutation(other.fired)),
+    }

@@ -16,7 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 def join():
     """Joins the processes that torchrun started, if it did: gloo for tensors on CPUs, nccl for those on GPUs."""
-    if "RANK" in os.environ:  # both: torch alone would choose nccl where there is a GPU, which takes no tensor on a CPU
+    if (
+        "RANK" in os.environ
+    ):  # both: torch alone would choose nccl where there is a GPU, which takes no tensor on a CPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
@@ -39,7 +41,9 @@ def wrap(model, unused):
         return model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch 2.13 renames broadcast_buffers
-        return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=unused)
+        return DistributedDataParallel(
+            model, broadcast_buffers=False, find_unused_parameters=unused
+        )
 
 
 def keep_gradients(forward, wanted):

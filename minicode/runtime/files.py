@@ -1,0 +1,102 @@
+"""Files that appear whole or not at all, and are read without trust."""
+
+import io
+import json
+import math
+import os
+import warnings
+import zipfile
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def reading(path, wrong="is damaged"):
+    """Whatever goes wrong in the block, as a hostile file may have it, is a ValueError that names the file, in one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} {wrong}: {reason or type(error).__name__}") from None
+
+
+def write(path, content):
+    """Writes text, bytes or an array so that the file appears whole or not at all; until then the old one stays."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.unlink(missing_ok=True)  # whatever it is: nothing is written through a link
+        with open(temporary, "xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:  # a full disk
+        raise OSError(f"{path} could not be written: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_array(path, array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    write(path, buffer.getvalue())
+
+
+def write_tensors(path, data):
+    buffer = io.BytesIO()
+    torch.save(data, buffer)
+    write(path, buffer.getvalue())
+
+
+def read_tensors(path):
+    """A file of tensors; one that is damaged, or that would run code, is a ValueError. They stay on the disk until used."""
+    with reading(path, "is damaged, or no file of tensors, and was not loaded"):
+        with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if (
+                sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size
+                or archive.testzip()
+            ):
+                raise ValueError("sizes or checksums")
+            data = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=True
+            )  # so that no size it claims is believed
+        if not isinstance(data, dict):
+            raise ValueError("no dict")
+        return data
+
+
+def check_tensors(tensors, expected):
+    """ValueError, by name, unless the tensors have the names, shapes and types of the expected ones, and are finite."""
+    if tensors.keys() != expected.keys():
+        raise ValueError(
+            f"unknown or missing: {', '.join(sorted(map(str, tensors.keys() ^ expected.keys())))}"
+        )
+    for name, like in expected.items():
+        tensor = tensors[name]
+        if type(tensor) is not torch.Tensor or tensor.layout != torch.strided:
+            raise ValueError(f"{name} is no plain tensor")
+        if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {tuple(like.shape)} {like.dtype}"
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinity")
+
+
+def read_json(path, build):
+    """build(data) of a JSON file; anything wrong with it is a ValueError that names the file."""
+    with reading(path):
+        return build(json.loads(path.read_text()))
+
+
+def figures(data):
+    """data, if it is a dict of figures: finite numbers, none, or dicts of them."""
+    for name, value in data.items():
+        if isinstance(value, dict):
+            figures(value)
+        elif value is not None and (isinstance(value, bool) or not math.isfinite(value)):
+            raise ValueError(f"{name} is {value!r}")
+    return data
