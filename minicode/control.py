@@ -1,7 +1,8 @@
-"""Reading and steering a network by its codes: record(model), force(model, codes), block(model, codes).
+"""Reading and steering a network by its codes: record(model), force(model, codes), block(...).
 
-A code is written mlp.LAYER.CODE, or head.LAYER.HEAD.CODE, with @POSITION behind it where one position is
-meant: mlp.1.527, head.0.3.12@4, mlp.1.527@-1 (from the end of the prompt). As in the paper's tables.
+A code is written mlp.LAYER.CODE, or head.LAYER.HEAD.CODE, with @POSITION behind it where one
+position is meant: mlp.1.527, head.0.3.12@4, mlp.1.527@-1 (from the end of the prompt). As in the
+paper's tables.
 """
 
 import operator
@@ -12,62 +13,51 @@ from functools import partial
 
 import torch
 
-from minicode.model import SITES, evaluating
+from minicode.model import evaluating
 
 GENERATED = "generated"  # the positions at which the tokens after the prompt are sampled
-NOTATION = re.compile(
-    r"(\w+)\.(\d+)(?:\.(\d+))?\.(\d+)(?:@(-?\d+))?"
-)  # site, layer, head, code, position
+NOTATION = re.compile(r"(\w+\.\d+)(?:\.(\d+))?\.(\d+)(?:@(-?\d+))?")  # site, head, code, position
 
 
 @dataclass(frozen=True)
 class Code:
-    """One code: `site` such as "mlp.1", `group` (the head; 0 elsewhere), `id`, `position` (None: everywhere)."""
+    """One code, such as mlp.1.527@4."""
 
-    site: str
-    group: int
+    site: str  # such as "mlp.1"
+    group: int  # the head; 0 elsewhere
     id: int
-    position: int | None = None
+    position: int | None = None  # None: everywhere
 
     def __str__(self):
         head = f".{self.group}" if self.site.startswith("head") else ""
-        return f"{self.site}{head}.{self.id}" + (
-            "" if self.position is None else f"@{self.position}"
-        )
+        place = "" if self.position is None else f"@{self.position}"
+        return f"{self.site}{head}.{self.id}{place}"
 
     @classmethod
     def parse(cls, text, model):
-        """The code that the text names, if the model has it; else a ValueError that says what there is."""
+        """The code that a text names, if the model has it; else a ValueError that says what is."""
         match = NOTATION.fullmatch(text)
         if not match:
-            wanted = "write mlp.LAYER.CODE or head.LAYER.HEAD.CODE, and @POSITION for one position, as in mlp.1.527@4"
-            raise ValueError(f"{text!r} is not a code: {wanted}")
-        site, layer, head, number, position = match.groups()
-        if site not in SITES:
-            raise ValueError(f"{text}: there is no site {site!r}; the sites are {', '.join(SITES)}")
-        if (site == "head") != bool(head):
-            raise ValueError(
-                f"{text}: a head's code, and no other, needs its head: head.LAYER.HEAD.CODE, as in head.0.3.12"
-            )
-        code = cls(
-            f"{site}.{int(layer)}",
-            int(head or 0),
-            int(number),
-            None if position is None else int(position),
-        )
-        codebook = codebook_of(model, code.site, text)
+            wanted = "mlp.LAYER.CODE or head.LAYER.HEAD.CODE, and @POSITION for one position"
+            raise ValueError(f"{text!r} is not a code: write {wanted}, as in mlp.1.527@4")
+        site, head, number, position = match.groups()
+        codebook = codebook_of(model, site, text)
+        if site.startswith("head.") != bool(head):
+            wanted = "needs its head: head.LAYER.HEAD.CODE, as in head.0.3.12"
+            raise ValueError(f"{text}: a head's code, and no other, {wanted}")
         for what, value, n in (
-            ("head", code.group, codebook.groups),
-            ("code", code.id, codebook.n_codes),
+            ("head", head or 0, codebook.groups),
+            ("code", number, codebook.n_codes),
         ):
-            if value >= n:
-                raise ValueError(
-                    f"{text}: {code.site} has no {what} {value}; its {what}s are 0 to {n - 1}"
-                )
-        block_size = model.config.block_size
-        if code.position is not None and not -block_size <= code.position < block_size:
-            raise ValueError(f"{text}: a position is less than the block_size of {block_size}")
-        return code
+            if int(value) >= n:
+                there_are = f"its {what}s are 0 to {n - 1}"
+                raise ValueError(f"{text}: {site} has no {what} {value}; {there_are}")
+        if position is not None:
+            position = int(position)
+            block_size = model.config.block_size
+            if not -block_size <= position < block_size:
+                raise ValueError(f"{text}: a position is less than the block_size of {block_size}")
+        return cls(site, int(head or 0), int(number), position)
 
 
 def codebook_of(model, site, text):
@@ -83,17 +73,18 @@ def codebook_of(model, site, text):
 
 @contextmanager
 def record(model):
-    """Within the block, a dict of the codes that the last sequences chose: {"mlp.1": ids (B, T, G, k), ...}.
+    """Within the block, the codes that the last sequences chose: {"mlp.1": ids (B, T, G, k), ...}.
 
-    G is the number of heads at the site head, else 1; best first. Passes with a cache are joined. So after the
-    block codes["head.0"][0, 5, 3] is what head 3 of layer 0 chose at position 5 of the first sequence: (k,).
+    G is the number of heads at the site head, else 1; best first. Passes with a cache are joined.
+    So codes["head.0"][0, 5, 3] is what head 3 of layer 0 chose at position 5 of the first: (k,).
     """
     codes = {}
 
     def keep(name, codebook, inputs, output):
-        if codebook.enabled:
-            past = [codes[name]] if model.span.start and name in codes else []
-            codes[name] = torch.cat([*past, codebook.ids], dim=1)
+        if not codebook.enabled:
+            return
+        goes_on = model.span.start > 0 and name in codes
+        codes[name] = torch.cat((codes[name], codebook.ids), dim=1) if goes_on else codebook.ids
 
     with ExitStack() as stack:
         for name, codebook in model.codebooks().items():
@@ -102,107 +93,120 @@ def record(model):
 
 
 def chosen(model, tokens):
-    """What every codebook chooses at the last position of tokens (B, T): {"mlp.1": ids (B, G, k), ...}."""
+    """What every codebook chooses at the end of tokens (B, T): {"mlp.1": ids (B, G, k), ...}."""
     with evaluating(model), record(model) as codes:
         model(tokens.to(model.device))
     return {site: ids[:, -1] for site, ids in codes.items()}
 
 
-def random_codes(model, generator, codes):
-    """Random codes in the place of those in a dict {"mlp.1": ids, ...}."""
-    sizes = {site: codebook.n_codes for site, codebook in model.codebooks().items()}
-    return {
-        s: torch.randint(sizes[s], ids.shape, generator=generator, device=ids.device)
-        for s, ids in codes.items()
-    }
-
-
 def force(model, codes, position=None):
-    """Within the block, these codes are active.
+    """Within the block, these codes are active (paper, section 4.3).
 
-    codes is a code or a list of codes in the notation above, or a dict {"mlp.1": ids} with ids (G, k) for all
-    sequences or (B, G, k) for each of them, as `record` gives them for one position. `position` is where those
-    codes are forced that do not say so themselves: None means at every position.
+    codes     a code or a list of codes in the notation above, or a dict {"mlp.1": ids} with ids
+              (G, k) for all sequences or (B, G, k) for each, as `record` gives for one position
+    position  where codes are forced that don't say so themselves; None: everywhere
 
-    If a forced code is chosen already nothing changes, to the last bit; else it takes the place of the weakest of
-    the k chosen that is not forced itself. Blocks nest. Paper: section 4.3. Raises ValueError for codes that do not
-    exist; when the model runs, for more than k at a place; and on leaving the block, for a position never reached.
+    If a forced code is chosen already nothing changes, to the last bit; else it takes the place of
+    the weakest of the k chosen that is not forced itself. Blocks nest. ValueError for codes that
+    don't exist; when the model runs, for more than k at a place; and on leaving the block, for a
+    position that was never reached.
     """
-    return _edit(model, codes, position, "force")
+    return _edit(model, codes, position, "forced")
 
 
 def block(model, codes, position=None):
-    """Within the block, these codes are never chosen; the next best take their slots. Arguments as for `force`."""
-    return _edit(model, codes, position, "block")
+    """Within the block, these codes are never chosen: the next best take their slots.
+
+    Arguments as for `force`.
+    """
+    return _edit(model, codes, position, "blocked")
 
 
 @dataclass(eq=False)
 class _Edit:
-    kind: str
+    kind: str  # forced or blocked
     name: str  # as the user wrote it
-    ids: torch.Tensor  # (B or 1, 1, G, 1)
-    groups: torch.Tensor  # (G, 1) bool: the heads it is about
+    ids: torch.Tensor  # (B or 1, 1, G, 1), -1 in groups that it is not about
     position: int | str | None
     reached: bool | None = None  # None until the model runs
 
-    def where(self, model, ids):
-        """The places in ids (B, T, G, k) that this edit is about: bool (1, T, G, 1)."""
-        span, end = model.span, model.prompt_length or model.span.stop
-        if len(self.ids) not in (1, len(ids)):
-            raise ValueError(
-                f"{self.name}: there are codes for {len(self.ids)} sequences, but the input has {len(ids)}"
-            )
-        onwards = self.position in (None, GENERATED)
-        first = {None: 0, GENERATED: end - 1}[self.position] if onwards else self.position
-        first += end if first < 0 else 0
-        if first < 0:
+    def where(self, model, a):
+        """The places of a (B, T, G, d) that this edit is about: bool (B or 1, T, G, 1)."""
+        if len(self.ids) not in (1, len(a)):
+            there_are = f"there are codes for {len(self.ids)} sequences"
+            raise ValueError(f"{self.name}: {there_are}, but the input has {len(a)}")
+        span = model.span
+        prompt_end = model.prompt_length or span.stop
+        if self.position is None:
+            start, stop = 0, span.stop
+        elif self.position == GENERATED:
+            start, stop = prompt_end - 1, span.stop
+        else:
+            start = self.position if self.position >= 0 else self.position + prompt_end
+            stop = start + 1
+        if start < 0:
             raise ValueError(f"{self.name}@{self.position} is before the start of the prompt")
-        self.reached = bool(self.reached) or onwards or first in span
-        at = torch.arange(span.start, span.stop, device=ids.device).view(1, -1, 1, 1)
-        return ((at >= first) if onwards else (at == first)) & self.groups
+        self.reached = bool(self.reached) or (start < span.stop and stop > span.start)
+        at = torch.arange(span.start, span.stop, device=a.device).view(1, -1, 1, 1)
+        return (at >= start) & (at < stop) & (self.ids >= 0)
 
 
 class _Control:
     """The edits of one codebook, which asks here for its ids instead of searching."""
 
     def __init__(self, model, codebook):
-        self.model, self.codebook, self.edits = model, codebook, []
+        self.model = model
+        self.codebook = codebook
+        self.edits = []
 
     def __call__(self, a):
-        k, n_codes = self.codebook.k, self.codebook.n_codes
-        blocked = [edit for edit in self.edits if edit.kind == "block"]
-        ids = self.codebook.search(a, extra=min(len(blocked), n_codes - k))  # (B, T, G, k + extra)
+        """Ids (B, T, G, k) for a (B, T, G, d)."""
+        places = {edit: edit.where(self.model, a) for edit in self.edits}
+        forced = {edit: place for edit, place in places.items() if edit.kind == "forced"}
+        blocked = {edit: place for edit, place in places.items() if edit.kind == "blocked"}
+        ids = self.search_around(a, blocked)
+        ids = self.put_in(ids, forced)
+        for edit, place in blocked.items():
+            if (place & (ids == edit.ids)).any():
+                raise ValueError(f"{edit.name} is both forced and blocked")
+        return ids
+
+    def search_around(self, a, blocked):
+        """As many more are searched for as are blocked, and those that are go to the end."""
+        k = self.codebook.k
+        n_others = self.codebook.n_codes - k
+        ids = self.codebook.search(a, extra=min(len(blocked), n_others))  # (B, T, G, k + extra)
         bad = torch.zeros_like(ids, dtype=torch.bool)
-        for edit in blocked:
-            bad |= edit.where(self.model, ids) & (ids == edit.ids)
-        if (bad.sum(-1) > ids.shape[-1] - k).any():
-            raise ValueError(
-                f"{blocked[-1].name}: at most {n_codes - k} codes can be blocked at a site"
-            )
-        ids = ids.gather(-1, bad.sort(dim=-1, stable=True).indices)[..., :k]
-        forced = [
-            (edit, edit.where(self.model, ids)) for edit in self.edits if edit.kind == "force"
-        ]
-        held = torch.zeros_like(ids, dtype=torch.bool)  # slots that belong to forced codes
-        for edit, place in forced:
+        for edit, place in blocked.items():
+            bad |= place & (ids == edit.ids)
+            if (bad.sum(-1) > ids.shape[-1] - k).any():
+                raise ValueError(f"{edit.name}: at most {n_others} codes can be blocked at a site")
+        return ids.gather(-1, bad.sort(dim=-1, stable=True).indices)[..., :k]
+
+    def put_in(self, ids, forced):
+        """Each forced code that is absent takes the place of the weakest that is not forced."""
+        held = torch.zeros_like(ids, dtype=torch.bool)  # slots of forced codes
+        for edit, place in forced.items():
             held |= place & (ids == edit.ids)
-            for other in blocked:
-                if (place & other.where(self.model, ids) & (edit.ids == other.ids)).any():
-                    raise ValueError(f"{edit.name} is both forced and blocked")
-        slots = torch.arange(k, device=ids.device)
-        for edit, place in forced:
-            weakest = torch.where(held, -1, slots).amax(-1, keepdim=True)  # -1: all are held
+        slots = torch.arange(self.codebook.k, device=ids.device)
+        for edit, place in forced.items():
             absent = place & ~(ids == edit.ids).any(-1, keepdim=True)
+            weakest = slots.where(~held, -1).amax(-1, keepdim=True)  # -1: all are held
             if (absent & (weakest < 0)).any():
-                raise ValueError(f"{edit.name}: at most {k} codes can be forced at a site")
+                most = self.codebook.k
+                raise ValueError(f"{edit.name}: at most {most} codes can be forced at a site")
             put = absent & (slots == weakest)
-            ids, held = torch.where(put, edit.ids, ids), held | put
+            ids = edit.ids.where(put, ids)
+            held |= put
         return ids
 
 
 @contextmanager
 def _edit(model, codes, position, kind):
-    edits = _read(model, codes, position, kind)
+    if position not in (None, GENERATED):
+        position = operator.index(position)
+    read = _read_ids if isinstance(codes, dict) else _read_names
+    edits = [(book, _Edit(kind, *edit)) for book, *edit in read(model, codes, position)]
     try:
         for codebook, edit in edits:
             codebook.control = codebook.control or _Control(model, codebook)
@@ -210,37 +214,37 @@ def _edit(model, codes, position, kind):
         yield
         for _, edit in edits:
             if edit.reached is False:
-                raise ValueError(
-                    f"{edit.name}@{edit.position} had no effect: no input was that long"
-                )
+                at = f"{edit.name}@{edit.position}"
+                raise ValueError(f"{at} had no effect: no input was that long")
     finally:
         for codebook, edit in edits:
             codebook.control.edits.remove(edit)
             codebook.control = codebook.control if codebook.control.edits else None
 
 
-def _read(model, codes, position, kind):
-    """The user's codes as (codebook, edit) pairs."""
-    edits, position = [], position if position in (None, GENERATED) else operator.index(position)
-    tables = codes if isinstance(codes, dict) else {}
-    for site, ids in tables.items():
+def _read_names(model, codes, position):
+    """A code or a list of codes, as text: a codebook, and what an _Edit holds, for each."""
+    for text in dict.fromkeys([codes] if isinstance(codes, str) else codes):
+        code = Code.parse(text, model)
+        codebook = model.codebooks()[code.site]
+        device = codebook.codes.device
+        ids = torch.full((1, 1, codebook.groups, 1), -1, device=device)
+        ids[0, 0, code.group] = code.id
+        where = position if code.position is None else code.position
+        yield codebook, text.split("@")[0], ids, where
+
+
+def _read_ids(model, codes, position):
+    """A dict {"mlp.1": ids (G, k) or (B, G, k)}: a codebook, and what an _Edit holds, for each."""
+    for site, ids in codes.items():
         codebook = codebook_of(model, site, site)
         ids = torch.as_tensor(ids, device=codebook.codes.device)
         if ids.dim() not in (2, 3) or ids.shape[-2] != codebook.groups:
             wanted = f"({codebook.groups}, k) or (B, {codebook.groups}, k)"
             raise ValueError(f"{site}: ids must be {wanted}, not {tuple(ids.shape)}")
-        if ids.numel() and not 0 <= ids.min() <= ids.max() < codebook.n_codes:
-            raise ValueError(
-                f"{site}: its codes are 0 to {codebook.n_codes - 1}, not {ids.min()} to {ids.max()}"
-            )
-        every = torch.ones(codebook.groups, 1, dtype=torch.bool, device=ids.device)
-        columns = ids.view(-1, 1, *ids.shape[-2:]).split(1, dim=-1)  # k of (B or 1, 1, G, 1)
-        edits += [(codebook, _Edit(kind, site, column, every, position)) for column in columns]
-    for text in () if tables else dict.fromkeys([codes] if isinstance(codes, str) else codes):
-        code = Code.parse(text, model)
-        codebook = model.codebooks()[code.site]
-        groups = torch.arange(codebook.groups, device=codebook.codes.device).unsqueeze(-1)  # (G, 1)
-        ids = torch.full_like(groups, code.id).view(1, 1, -1, 1)
-        where = position if code.position is None else code.position
-        edits.append((codebook, _Edit(kind, text.split("@")[0], ids, groups == code.group, where)))
-    return edits
+        most = codebook.n_codes - 1
+        if ids.numel() and not 0 <= ids.min() <= ids.max() <= most:
+            found = f"{ids.min()} to {ids.max()}"
+            raise ValueError(f"{site}: its codes are 0 to {most}, not {found}")
+        for column in ids.view(-1, 1, *ids.shape[-2:]).split(1, dim=-1):
+            yield codebook, site, column, position

@@ -30,9 +30,9 @@ class FSM:
     n_states: int = option(100, "states of the machine")
     n_edges: int = option(10, "successors of a state, all equally probable")
     base: int = option(10, "base in which a state is written, 2 to 36")
-    seed: int = option(0, "seed of the machine's edges", flag=None)
+    seed: int = option(0, "seed of the machine's edges", flag=False)
     successors: np.ndarray | None = option(
-        None, "the edges (N, n_edges), different in each row; none: drawn", flag=None
+        None, "the edges (N, n_edges), different in each row; none: drawn", flag=False
     )
 
     def __post_init__(self):

@@ -9,50 +9,43 @@ block     the residual stream after the block           (B, T, n_embd)
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from minicode.codebook import Codebook
-from minicode.runtime.options import number, option
+from minicode.runtime.options import check_options, option
 from minicode.topk import SIMILARITIES
 
-SITES = (
-    "head",
-    "attn",
-    "mlp_mid",
-    "mlp",
-    "block",
-)  # in the order in which a block runs through them
+# In the order in which a block runs through them.
+SITES = ("head", "attn", "mlp_mid", "mlp", "block")
 
 
 @dataclass
 class GPTConfig:
-    vocab_size: int = option(11, "tokens in the vocabulary", flag=None, least=1)
-    block_size: int = option(128, "tokens in a sequence", least=1)
+    vocab_size: int = option(11, "tokens in the vocabulary", flag=False, least=1)
+    block_size: int = option(128, "tokens in a sequence", section="the model", least=1)
     n_layer: int = option(2, "transformer blocks", least=1)
     n_head: int = option(4, "attention heads a block", least=1)
     n_embd: int = option(64, "dimensions of the residual stream", least=1)
     codebooks: str = option(
-        "head,mlp", "sites with codebooks, of head,attn,mlp_mid,mlp,block; or none"
+        "head,mlp",
+        "sites with codebooks, of head,attn,mlp_mid,mlp,block; or none",
+        section="its codebooks",
     )
     n_codes: int = option(960, "codes in a codebook", least=1)
     n_codes_head: int = option(16, "codes in the codebook of one head", least=1)
     k: int = option(1, "codes chosen at a site and position", least=1)
     similarity: str = option(
         "distance",
-        "what a code is chosen by: distance, dot or, as in the paper, cosine: accuracy 0.49",
+        "what a code is chosen by: distance, dot or, as in the paper, cosine",
         choices=SIMILARITIES,
     )
-    decay: float | None = option(
-        None, "codes are moving averages with this decay a step, such as 0.98; none: learnt by gradient",
-        {"type": number, "metavar": "number"}, least=0, below=1,
-    )  # fmt: skip
     layer_norm: bool = option(
         False,
-        "a LayerNorm before each codebook: helps random codes, costs codes from k-means 3 points",
+        "a LayerNorm before each codebook: helps codes that start at random, not those of k-means",
     )
 
     def sites(self):
@@ -60,40 +53,23 @@ class GPTConfig:
         names = [] if self.codebooks in ("", "none") else self.codebooks.split(",")
         for name in names:
             if name not in SITES:
-                raise ValueError(
-                    f"codebooks: there is no site {name!r}; the sites are {', '.join(SITES)}, or none"
-                )
+                there_are = f"the sites are {', '.join(SITES)}, or none"
+                raise ValueError(f"codebooks: there is no site {name!r}; {there_are}")
         return [site for site in SITES if site in names]
 
     def __post_init__(self):
-        for f in fields(self):
-            value, valid = getattr(self, f.name), f.metadata
-            if "choices" in valid and value not in valid["choices"]:
-                raise ValueError(
-                    f"{f.name} must be one of {', '.join(valid['choices'])}, not {value!r}"
-                )
-            if "least" in valid and value is not None and not value >= valid["least"]:
-                raise ValueError(f"{f.name} must be at least {valid['least']}, not {value}")
-            if "below" in valid and value is not None and not value < valid["below"]:
-                raise ValueError(f"{f.name} must be below {valid['below']}, not {value}")
+        check_options(self)
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
-        for site in self.sites():
-            n_codes = self.n_codes_head if site == "head" else self.n_codes
-            if self.k > n_codes:
-                raise ValueError(
-                    f"k ({self.k}) is more than the {n_codes} codes of a {site} codebook"
-                )
+        self.sites()
 
-
-def site(config, name, dim, groups=1):
-    """The codebook of a site, or nothing at all."""
-    if name not in config.sites():
-        return nn.Identity()
-    n_codes = config.n_codes_head if name == "head" else config.n_codes
-    return Codebook(
-        n_codes, dim // groups, config.k, groups, config.similarity, config.decay, config.layer_norm
-    )
+    def codebook(self, site, dim, groups=1):
+        """The codebook of a site, or nothing at all."""
+        if site not in self.sites():
+            return nn.Identity()
+        n_codes = self.n_codes_head if site == "head" else self.n_codes
+        how = (self.similarity, self.layer_norm)
+        return Codebook(n_codes, dim // groups, self.k, groups, *how)
 
 
 class CausalSelfAttention(nn.Module):
@@ -102,31 +78,26 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.head_codebook = site(config, "head", config.n_embd, groups=config.n_head)
-        self.attn_codebook = site(config, "attn", config.n_embd)
+        self.head_codebook = config.codebook("head", config.n_embd, groups=config.n_head)
+        self.attn_codebook = config.codebook("attn", config.n_embd)
 
     def forward(self, x, cache=None):
-        q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, n_embd) each
-        q, k, v = (
-            y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in (q, k, v)
-        )  # (B, H, T, d)
+        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, d)
+        q, *kv = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, d) each
         if cache is not None:  # {layer: (k, v)} of the positions before
-            if self in cache:
-                k, v = (
-                    torch.cat(pair, dim=2) for pair in zip(cache[self], (k, v))
-                )  # (B, H, past + T, d)
-            cache[self] = k, v
-        new, seen = q.shape[2], k.shape[2]
-        mask = (
-            torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
-            if seen > new
-            else None
-        )
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None
-        )  # (B, H, T, d)
-        y = self.head_codebook(y.transpose(1, 2).flatten(-2))  # (B, T, n_embd)
-        return self.attn_codebook(self.c_proj(y))
+            past = cache.get(self, ())
+            kv = [torch.cat(parts, dim=2) for parts in zip(past, kv)] if past else kv
+            cache[self] = kv
+        k, v = kv
+        n_new = q.shape[2]
+        n_seen = k.shape[2]  # past + T
+        mask = None
+        if n_seen > n_new:
+            every = torch.ones(n_new, n_seen, dtype=torch.bool, device=x.device)
+            mask = every.tril(n_seen - n_new)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        y = y.transpose(1, 2).flatten(-2)  # (B, T, n_embd)
+        return self.attn_codebook(self.c_proj(self.head_codebook(y)))
 
 
 class MLP(nn.Module):
@@ -134,8 +105,8 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-        self.mlp_mid_codebook = site(config, "mlp_mid", 4 * config.n_embd)
-        self.mlp_codebook = site(config, "mlp", config.n_embd)
+        self.mlp_mid_codebook = config.codebook("mlp_mid", 4 * config.n_embd)
+        self.mlp_codebook = config.codebook("mlp", config.n_embd)
 
     def forward(self, x):
         x = self.mlp_mid_codebook(F.gelu(self.c_fc(x)))  # (B, T, 4 * n_embd)
@@ -149,7 +120,7 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
-        self.block_codebook = site(config, "block", config.n_embd)
+        self.block_codebook = config.codebook("block", config.n_embd)
 
     def forward(self, x, cache=None):
         x = x + self.attn(self.ln_1(x), cache)
@@ -160,8 +131,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """`GPT(config)(tokens, targets)` returns `(logits, loss)`, as nanoGPT's does.
 
-    tokens, targets (B, T) int64; logits (B, T, vocab_size); loss: cross-entropy a token in nats, or None. cache: a dict,
-    empty at first, that keeps the keys and values of each attention layer for the tokens that come next.
+    tokens, targets (B, T) int64; logits (B, T, vocab_size); loss: cross-entropy a token in nats,
+    or None. cache: a dict, empty at first, that keeps the keys and values of each attention layer
+    for the tokens that come next.
     """
 
     def __init__(self, config):
@@ -172,25 +144,25 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.span, self.prompt_length = (
-            range(0),
-            None,
-        )  # for minicode.control: see forward and generate
+        self.span = range(0)  # the positions of the last forward pass
+        self.prompt_length = None  # while it generates
         for name, parameter in self.named_parameters():
-            if name.endswith(".codes") or parameter.dim() < 2:
-                continue
-            # nanoGPT starts everything at 0.02; at 64 dimensions that costs TokFSM half of its training.
-            std = 0.2 if name.startswith("w") else parameter.shape[1] ** -0.5
-            if name.endswith("c_proj.weight"):  # into the residual stream, 2 * n_layer times
-                std /= (2 * config.n_layer) ** 0.5
-            nn.init.normal_(parameter, std=std)
+            if parameter.dim() == 2:
+                self._start(name, parameter)
+
+    def _start(self, name, weight):
+        # nanoGPT starts all at 0.02; at 64 dimensions that costs TokFSM half of its training.
+        std = 0.2 if name.startswith("w") else weight.shape[1] ** -0.5
+        if name.endswith("c_proj.weight"):  # into the residual stream, 2 * n_layer times
+            std /= (2 * self.config.n_layer) ** 0.5
+        nn.init.normal_(weight, std=std)
 
     def codebooks(self):
-        """The codebooks by name, such as "mlp.1", in the order in which the network runs through them."""
+        """The codebooks by name, such as "mlp.1", in the order in which the network runs them."""
         found = {}
         for name, module in self.named_modules():
             if isinstance(module, Codebook):
-                _, layer, *_, attribute = name.split(".")
+                _, layer, *_, attribute = name.split(".")  # such as h.1.mlp.mlp_codebook
                 found[f"{attribute.removesuffix('_codebook')}.{layer}"] = module
         return found
 
@@ -204,39 +176,36 @@ class GPT(nn.Module):
             codebook.enabled = on
 
     def forward(self, tokens, targets=None, cache=None):
-        past, n_tokens = (cache[self.h[0].attn][0].shape[2] if cache else 0), tokens.shape[1]
-        if past + n_tokens > self.config.block_size:
-            raise ValueError(
-                f"{past + n_tokens} tokens are more than the block_size of {self.config.block_size}"
-            )
-        self.span = range(past, past + n_tokens)  # the positions of this call
-        x = self.wte(tokens) + self.wpe.weight[past : past + n_tokens]  # (B, T, n_embd)
+        past = cache[self.h[0].attn][0].shape[2] if cache else 0
+        end = past + tokens.shape[1]
+        block_size = self.config.block_size
+        if end > block_size:
+            raise ValueError(f"{end} tokens are more than the block_size of {block_size}")
+        self.span = range(past, end)
+        x = self.wte(tokens) + self.wpe.weight[past:end]  # (B, T, n_embd)
         for block in self.h:
             x = block(x, cache)
         logits = self.lm_head(self.ln_f(x))  # (B, T, vocab_size)
-        return logits, None if targets is None else F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten()
-        )
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def generate(
         self, tokens, max_new_tokens, temperature=1.0, top_k=None, generator=None, use_cache=True
     ):
-        """Continues tokens (B, T) to (B, T + max_new_tokens), sampling at `temperature`; 0 takes the most probable.
+        """Continues tokens (B, T) to (B, T + max_new_tokens), sampling at `temperature`.
 
-        With the cache each step runs one position; without it, all of them: the same tokens, more slowly.
+        Temperature 0 takes the most probable. With the cache each step runs one position; without
+        it, all of them: the same tokens, more slowly.
         """
-        room = (
-            self.config.block_size + 1 - tokens.shape[1]
-        )  # the last token is not run through the model
+        n_tokens = tokens.shape[1]
+        block_size = self.config.block_size
+        room = max(0, block_size + 1 - n_tokens)  # the last token is not run through the model
         if max_new_tokens > room:
-            size = f"a prompt of {tokens.shape[1]} tokens leaves room for {max(0, room)} more"
-            raise ValueError(
-                f"{size} in the block of {self.config.block_size}, not for {max_new_tokens}"
-            )
+            size = f"a prompt of {n_tokens} tokens leaves room for {room} more"
+            raise ValueError(f"{size} in the block of {block_size}, not for {max_new_tokens}")
         cache = {} if use_cache else None
-        self.prompt_length = tokens.shape[
-            1
-        ]  # so that position -1 goes on meaning the prompt's last
+        self.prompt_length = n_tokens  # so that position -1 goes on meaning the prompt's last
         try:
             with evaluating(self):
                 for _ in range(max_new_tokens):

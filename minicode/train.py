@@ -122,9 +122,7 @@ def train(session):
     """
     config, data, model = session.config, session.data, session.model
     fast = torch.compile(model) if config.compile else model
-    waiting = config.decay is None and not all(
-        codebook.enabled for codebook in model.codebooks().values()
-    )
+    waiting = not all(codebook.enabled for codebook in model.codebooks().values())
     forward = processes.wrap(fast, unused=waiting)
     began = time.monotonic() - session.seconds
     model.train()

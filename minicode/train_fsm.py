@@ -9,7 +9,7 @@ from minicode.runtime.command import command, table
 PRESETS = {
     "default": {},
     "paper": dict(
-        n_layer=4, n_embd=128, n_head=4, block_size=128, n_codes=1000, n_codes_head=1000, similarity="cosine", decay=None, layer_norm=True,
+        n_layer=4, n_embd=128, n_head=4, block_size=128, n_codes=1000, n_codes_head=1000, similarity="cosine", layer_norm=True,
         dense_share=0.0, codebook_lr=1.0, commitment=0.0, revive_every=50, revive_after=0.0, lr=1e-3, batch_size=64, steps=20_000,
     ),
 }  # fmt: skip

@@ -53,11 +53,11 @@ class Text:
         {"nargs": "+", "metavar": "FILE"},
     )
     vocab: int = option(2048, "tokens in the vocabulary, at most: 257, and the most frequent words")
-    pieces: list | None = option(None, "those words", flag=None)
-    fingerprint: str = option("", "hash of the text, or of the grammar of the stories", flag=None)
-    n_tokens: list | None = option(None, "tokens to train on, and held out", flag=None)
+    pieces: list | None = option(None, "those words", flag=False)
+    fingerprint: str = option("", "hash of the text, or of the grammar of the stories", flag=False)
+    n_tokens: list | None = option(None, "tokens to train on, and held out", flag=False)
     loss_unigram: float = option(
-        0.0, "loss on held-out text when only each token's frequency is known", flag=None
+        0.0, "loss on held-out text when only each token's frequency is known", flag=False
     )
 
     def __post_init__(self):

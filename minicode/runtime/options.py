@@ -7,51 +7,67 @@ from dataclasses import field, fields
 from minicode.runtime import processes
 
 
-def option(default, help, flag={}, **valid):
-    """A dataclass field whose documentation is the help of its flag; least, below and choices are what is valid.
+def option(default, help, flag=True, section=None, **valid):
+    """A dataclass field whose documentation is the help of its flag.
 
-    flag: how argparse reads it, where that does not follow from the field's type; None where it is no flag.
+    flag     False: it is no flag; or how argparse reads it, where its type doesn't say
+    section  heads this flag and those that follow, in a command's help
+    valid    `least`, `below` and `choices`: the values that `check_options` lets pass
     """
-    return field(default=default, metadata={"help": help, "flag": flag, **valid})
+    about = {"help": help, "flag": flag, "section": section, **valid}
+    return field(default=default, metadata=about)
 
 
-def number(text):
-    return None if text == "none" else float(text)
+def check_options(config):
+    """ValueError for a field whose value is not one of its choices, or out of its range."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        choices = f.metadata.get("choices")
+        least = f.metadata.get("least")
+        below = f.metadata.get("below")
+        if choices and value not in choices:
+            raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
+        if least is not None and not value >= least:
+            raise ValueError(f"{f.name} must be at least {least}, not {value}")
+        if below is not None and not value < below:
+            raise ValueError(f"{f.name} must be below {below}, not {value}")
 
 
-def add_flags(parser, cls, preset={}):
-    """The fields of a dataclass as flags; where a preset changes a default, the help says so."""
+def add_flags(parser, cls, preset):
+    """The fields of a dataclass as flags; where the preset has another default, the help says it."""
+    group = parser
     for f in fields(cls):
-        if (flag := f.metadata["flag"]) is not None:
-            text = f"{f.metadata['help']} (default: {preset.get(f.name, f.default)})".replace(
-                "%", "%%"
-            )
-            on_or_off = {"action": argparse.BooleanOptionalAction} if f.type is bool else {}
-            how = flag or on_or_off or {"type": f.type, "metavar": f.type.__name__}
-            parser.add_argument(
-                "--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how
-            )
+        if f.metadata["section"]:
+            group = parser.add_argument_group(f.metadata["section"])
+        if not f.metadata["flag"]:
+            continue
+        if f.metadata["flag"] is not True:
+            how = f.metadata["flag"]
+        elif f.type is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        else:
+            how = {"type": f.type, "metavar": f.type.__name__}
+        default = preset.get(f.name, f.default)
+        text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
+        flag = "--" + f.name.replace("_", "-")
+        group.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
 
 
 def given(args, cls):
     """The fields of cls that the command line names."""
-    return {
-        f.name: getattr(args, f.name)
-        for f in fields(cls)
-        if f.metadata["flag"] is not None and f.name in args
-    }
+    flags = [f.name for f in fields(cls) if f.metadata["flag"]]
+    return {name: getattr(args, name) for name in flags if name in args}
 
 
 class Parser(argparse.ArgumentParser):
-    """A user's mistake ends the command with one line, however many processes make it, and exit status 2."""
+    """A user's mistake ends the command with one line, by one process, and exit status 2."""
 
     def __init__(self, name, about):
-        layout = argparse.RawDescriptionHelpFormatter
         super().__init__(
             prog=f"python -m minicode.{name}",
             description=about,
             allow_abbrev=False,
-            formatter_class=layout,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
     def exit(self, status=0, message=None):

@@ -17,7 +17,7 @@ from minicode.model import GPT, GPTConfig
 from minicode.runtime.files import check_tensors, figures, read_json, read_tensors, reading, write
 from minicode.runtime.options import option
 
-VERSION = 3  # of the files in a run's folder
+VERSION = 4  # of the files in a run's folder
 KINDS = (FSM, Text)  # of data that a run may be about; each has a file of its own
 MADE_LATER = (
     "interpret.json",
@@ -99,7 +99,7 @@ def config_from_json(data):
     if data.keys() != types.keys():
         raise ValueError(f"unknown or missing: {', '.join(sorted(data.keys() ^ types.keys()))}")
     for name, value in data.items():
-        kind = types[name] | int if types[name] in (float, float | None) else types[name]
+        kind = float | int if types[name] is float else types[name]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ValueError(f"{name} is {value!r}")
     return TrainConfig(**data)

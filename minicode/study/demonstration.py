@@ -5,8 +5,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from minicode.control import Code, chosen, random_codes
-from minicode.study.machine import copy_codes, pairs, steer, transition_accuracy
+from minicode.control import Code, chosen
+from minicode.study.machine import copy_codes, pairs, random_codes, steer, transition_accuracy
+from minicode.study.machine import control as measure_control
 
 
 def demonstrate(run, args):
@@ -47,7 +48,7 @@ def demonstrate(run, args):
     mlps = [site for site in sites if site.startswith("mlp.")]
 
     def control(intervene):
-        return control(
+        return measure_control(
             fsm, model, fsm.runs(every_a), every_b, intervene, generator.manual_seed(args.seed)
         )["control"]
 

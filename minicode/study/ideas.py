@@ -49,7 +49,6 @@ def one_less(self, x, forward=Codebook.forward):
 IDEAS = {  # name: flags, or what is replaced
     "the default": "",
     "similarity cosine": "--similarity cosine",
-    "moving averages": "--decay 0.98",
     "no dense phase": "--dense-share 0",
     "the paper's method": "--preset paper --n-layer 2 --n-embd 64 --batch-size 16 --lr 4e-3",
     "random inputs, not k-means": {"start": start_at_random},

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minicode.control import chosen, force, random_codes
+from minicode.control import chosen, force
 from minicode.model import choose, evaluating
 from minicode.study.detectors import N_SEEDS, STUDENTS_T
 
@@ -74,6 +74,16 @@ def steer(fsm, model, tokens, b, intervene, generator=None, temperature=1.0, top
         new = choose(steered, temperature, top_k, generator)
         tokens, b_run = torch.cat((tokens, new), dim=1), torch.cat((b_run, new), dim=1)
     return tokens, logits
+
+
+def random_codes(model, generator, codes):
+    """Random codes in the place of those in a dict {"mlp.1": ids, ...}."""
+    codebooks = model.codebooks()
+    drawn = {}
+    for site, ids in codes.items():
+        n_codes = codebooks[site].n_codes
+        drawn[site] = torch.randint(n_codes, ids.shape, generator=generator, device=ids.device)
+    return drawn
 
 
 def copy_codes(model, sites, change=lambda codes: codes):
