@@ -52,12 +52,7 @@ class Code:
             if int(value) >= n:
                 there_are = f"its {what}s are 0 to {n - 1}"
                 raise ValueError(f"{text}: {site} has no {what} {value}; {there_are}")
-        if position is not None:
-            position = int(position)
-            block_size = model.config.block_size
-            if not -block_size <= position < block_size:
-                raise ValueError(f"{text}: a position is less than the block_size of {block_size}")
-        return cls(site, int(head or 0), int(number), position)
+        return cls(site, int(head or 0), int(number), None if position is None else int(position))
 
 
 def codebook_of(model, site, text):
@@ -81,10 +76,9 @@ def record(model):
     codes = {}
 
     def keep(name, codebook, inputs, output):
-        if not codebook.enabled:
-            return
-        goes_on = model.span.start > 0 and name in codes
-        codes[name] = torch.cat((codes[name], codebook.ids), dim=1) if goes_on else codebook.ids
+        if codebook.enabled:
+            past = [codes[name]] if model.span.start and name in codes else []
+            codes[name] = torch.cat([*past, codebook.ids], dim=1)
 
     with ExitStack() as stack:
         for name, codebook in model.codebooks().items():
@@ -135,14 +129,12 @@ class _Edit:
         if len(self.ids) not in (1, len(a)):
             there_are = f"there are codes for {len(self.ids)} sequences"
             raise ValueError(f"{self.name}: {there_are}, but the input has {len(a)}")
-        span = model.span
-        prompt_end = model.prompt_length or span.stop
-        if self.position is None:
-            start, stop = 0, span.stop
-        elif self.position == GENERATED:
-            start, stop = prompt_end - 1, span.stop
-        else:
-            start = self.position if self.position >= 0 else self.position + prompt_end
+        span = model.span  # the positions of this pass
+        start, stop = 0, span.stop
+        if self.position == GENERATED:
+            start = model.prompt_length - 1
+        elif self.position is not None:
+            start = self.position + (model.prompt_length if self.position < 0 else 0)
             stop = start + 1
         if start < 0:
             raise ValueError(f"{self.name}@{self.position} is before the start of the prompt")

@@ -15,7 +15,7 @@ SIMILARITIES = ("cosine", "distance", "dot")  # in the order of csrc/topk.h
 
 
 def definition(x, codes, k, similarity):
-    """x (G, N, d), codes (G, C, d) -> scores, ids (G, N, k), best first; of equals, the lower id."""
+    """x (G, N, d), codes (G, C, d) -> scores, ids (G, N, k), best first; of equals the lower id."""
     scale, offset = scale_and_offset(codes, similarity)
     scores = (x.float() @ codes.float().mT) * scale + offset  # (G, N, C)
     scores = scores.masked_fill(scores.isnan(), -torch.inf)
@@ -102,15 +102,12 @@ def in_pytorch(x, codes, k, similarity):
     if k == 1:
         return scores.max(dim=-1, keepdim=True)  # the first of equals
     best, ids = scores.topk(min(k + 1, scores.shape[-1]))
-    # Of equals topk takes any: in a list the lower id comes first; a list that cuts through
-    # equals is made anew, by a sort.
-    cut = (best[..., k:] == best[..., k - 1 : k]).any(-1)  # (G, n)
-    ids, order = ids[..., :k].sort(dim=-1)
-    best, order = best.gather(-1, order).sort(dim=-1, descending=True, stable=True)
-    ids = ids.gather(-1, order)
-    if cut.any():
-        every, columns = scores[cut].sort(dim=-1, descending=True, stable=True)
-        best[cut], ids[cut] = every[:, :k], columns[:, :k]
+    tied = (best[..., 1:] == best[..., :-1]).any(-1)  # (G, n): there topk takes any of them
+    best = best[..., :k]
+    ids = ids[..., :k]
+    if tied.any():
+        every, columns = scores[tied].sort(dim=-1, descending=True, stable=True)
+        best[tied], ids[tied] = every[:, :k], columns[:, :k]
     return best, ids
 
 

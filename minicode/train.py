@@ -62,33 +62,20 @@ def train_step(model, forward, optimizer, config, step, data):
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
     optimizer.zero_grad()
-    codebooks = {
-        codebook: () for codebook in model.codebooks().values() if codebook.enabled
-    }  # and their inputs
-    x, y = (
-        processes.my_rows(tokens).chunk(config.accumulate)
-        for tokens in batch(config, data, model.device, 0, step)
-    )
-    losses = []
-    for part_x, part_y in zip(x, y):
-        with processes.keep_gradients(forward, wanted=len(losses) + 1 < len(x)):
-            with torch.autocast(
-                part_x.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"
-            ):
-                _, loss = forward(part_x, part_y)
-            pull = sum(
-                config.autoencoding * c.autoencoding + config.commitment * c.commitment
-                for c in codebooks
-            )
-            ((loss + pull) / len(x)).backward()
-        losses.append(loss.detach())
-        codebooks = {codebook: inputs + codebook.inputs for codebook, inputs in codebooks.items()}
+    x, y = batch(config, data, model.device, 0, step)
+    x = processes.my_rows(x)
+    y = processes.my_rows(y)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        _, loss = forward(x, y)
+    total = loss
+    for codebook in model.codebooks().values():
+        if codebook.enabled:
+            total = total + config.autoencoding * codebook.autoencoding
+            total = total + config.commitment * codebook.commitment
+    total.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    for codebook, inputs in codebooks.items():
-        codebook.inputs = inputs
-        codebook.update()
-    return sum(losses) / len(x)
+    return loss.detach()
 
 
 def evaluate(model, data, seed, n):

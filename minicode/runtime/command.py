@@ -59,7 +59,7 @@ def command(argv, name, about, kind, presets, out, compare):
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="continue the run in --out")
     either.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    add_flags(parser, kind)
+    add_flags(parser, kind, {})
     add_flags(parser, TrainConfig, presets["default"])
     with parser.user_errors():
         processes.join()

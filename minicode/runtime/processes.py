@@ -66,9 +66,10 @@ def all_rows(rows):
 
 
 def add_up(tensor):
-    """Adds a tensor up over the ranks, in place."""
+    """Adds a tensor up over the ranks, in place, and returns it."""
     if ranks() > 1:
         dist.all_reduce(tensor)
+    return tensor
 
 
 def take_from_first(module):
