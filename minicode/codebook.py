@@ -99,15 +99,15 @@ class Codebook(nn.Module):
     # -- before training, and in it
 
     @torch.no_grad()
-    def revive(self, optimizer=None, threshold=0.05, generator=None):
+    def revive(self, optimizer, generator=None):
         """Moves dead codes onto inputs of the last training batch that are far from every code.
 
-        Dead is a code chosen less than `threshold` times as often as the mean code since the last
-        call. Inputs are drawn as `start` draws its seeds, but by the fourth power of the distance:
+        Dead is a code chosen less than a twentieth as often as the mean code since the last call.
+        Inputs are drawn as `start` draws its seeds, but by the fourth power of the distance:
         from things that share a code, not from the scatter of one. The optimizer's moments of a
         revived code are set to zero. Returns how many were dead.
         """
-        dead = self.usage < threshold * self.usage.mean(-1, keepdim=True)  # (G, C)
+        dead = self.usage < 0.05 * self.usage.mean(-1, keepdim=True)  # (G, C)
         self.usage.zero_()
         if self.inputs is None or not dead.any():
             return 0
@@ -117,8 +117,7 @@ class Codebook(nn.Module):
         seeds = self._seeds(a, n_seeds, generator, distance, power=2) / self.k
         rank = (dead.cumsum(-1) - 1).clamp(0, n_seeds - 1)  # the first dead code: the first seed
         self.codes.copy_(torch.where(dead.unsqueeze(-1), _take(seeds, rank), self.codes))
-        moments = optimizer.state.get(self.codes, {}) if optimizer else {}
-        for moment in moments.values():
+        for moment in optimizer.state[self.codes].values():
             if moment.shape == self.codes.shape:
                 moment[dead] = 0
         processes.take_from_first(self)

@@ -59,8 +59,8 @@ def codebook_of(model, site, text):
     """The model's codebook of that name, or a ValueError."""
     codebooks = model.codebooks()
     if site not in codebooks:
-        has = f"it has them at {', '.join(codebooks)}" if codebooks else "it has none at all"
-        raise ValueError(f"{text}: this model has no codebook at {site}; {has}")
+        sites = ", ".join(codebooks) or "no site at all"
+        raise ValueError(f"{text}: this model has no codebook at {site}; it has them at {sites}")
     if not codebooks[site].enabled:
         raise ValueError(f"{text}: the codebooks of this model are switched off")
     return codebooks[site]
@@ -137,7 +137,8 @@ class _Edit:
             start = self.position + (model.prompt_length if self.position < 0 else 0)
             stop = start + 1
         if start < 0:
-            raise ValueError(f"{self.name}@{self.position} is before the start of the prompt")
+            where = f"position {self.position}"
+            raise ValueError(f"{self.name}: {where} is before the start of the prompt")
         self.reached = bool(self.reached) or (start < span.stop and stop > span.start)
         at = torch.arange(span.start, span.stop, device=a.device).view(1, -1, 1, 1)
         return (at >= start) & (at < stop) & (self.ids >= 0)
@@ -206,12 +207,13 @@ def _edit(model, codes, position, kind):
         yield
         for _, edit in edits:
             if edit.reached is False:
-                at = f"{edit.name}@{edit.position}"
-                raise ValueError(f"{at} had no effect: no input was that long")
+                reached = f"no input has a position {edit.position}"
+                raise ValueError(f"{edit.name} had no effect: {reached}")
     finally:
         for codebook, edit in edits:
             codebook.control.edits.remove(edit)
-            codebook.control = codebook.control if codebook.control.edits else None
+            if not codebook.control.edits:
+                codebook.control = None
 
 
 def _read_names(model, codes, position):
@@ -223,7 +225,7 @@ def _read_names(model, codes, position):
         ids = torch.full((1, 1, codebook.groups, 1), -1, device=device)
         ids[0, 0, code.group] = code.id
         where = position if code.position is None else code.position
-        yield codebook, text.split("@")[0], ids, where
+        yield codebook, text, ids, where
 
 
 def _read_ids(model, codes, position):

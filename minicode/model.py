@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from minicode.codebook import Codebook
+from minicode.runtime.arguments import SIMILARITIES
 from minicode.runtime.options import check_options, option
-from minicode.topk import SIMILARITIES
 
 # In the order in which a block runs through them.
 SITES = ("head", "attn", "mlp_mid", "mlp", "block")
@@ -140,16 +140,13 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.span = range(0)  # the positions of the last forward pass
         self.prompt_length = 0  # tokens of the last pass that followed no cache
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                self._start(name, parameter)
-
-    def _start(self, name, weight):
         # nanoGPT starts all at 0.02; at 64 dimensions that costs TokFSM half of its training.
-        std = 0.2 if name.startswith("w") else weight.shape[1] ** -0.5
-        if name.endswith("c_proj.weight"):  # into the residual stream, 2 * n_layer times
-            std /= (2 * self.config.n_layer) ** 0.5
-        nn.init.normal_(weight, std=std)
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                std = 0.2 if name.startswith("w") else weight.shape[1] ** -0.5
+                if name.endswith("c_proj.weight"):  # into the residual stream, 2 * n_layer times
+                    std /= (2 * config.n_layer) ** 0.5
+                nn.init.normal_(weight, std=std)
 
     def codebooks(self):
         """The codebooks by name, such as "mlp.1", in the order in which the network runs them."""

@@ -10,7 +10,8 @@ import torch
 
 from minicode import topk, topk_codes
 from minicode.runtime import extension
-from minicode.topk import SIMILARITIES, definition
+from minicode.runtime.arguments import SIMILARITIES
+from minicode.topk import definition
 
 
 @pytest.fixture(

@@ -42,18 +42,3 @@ def coarse_pass(x, codes, scale, offset):
 def _centred(v):
     mean = v.mean(1, keepdim=True).nan_to_num(0, 0, 0)  # any will do
     return mean, v - mean
-
-
-def serves(x, k):
-    """Whether the extension's search on a GPU takes this one: it keeps lists of up to 32."""
-    return k <= 32 and x.shape[1] >= 512
-
-
-def search(x, codes, scale, offset, k, coarse):
-    """csrc/topk_cuda.cu, after the coarse pass where the search is large enough to pay for it."""
-    n_dims, n_codes = x.shape[2], codes.shape[1]
-    large = n_dims >= 16 and n_codes >= 1024 and x.numel() * n_codes >= 1 << 33
-    tensor_cores = torch.cuda.get_device_capability(x.device) >= (8, 0)
-    halves = coarse_pass(x, codes, scale, offset) if coarse and large and tensor_cores else []
-    scale, offset = scale.contiguous(), offset.contiguous()
-    return torch.ops.minicode_native.topk_cuda(x, codes, scale, offset, k, halves)
