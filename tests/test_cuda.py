@@ -12,7 +12,8 @@ from test_topk import make, same_but_for_rounding
 
 from minicode import topk_codes
 from minicode.runtime import extension
-from minicode.topk import SIMILARITIES, coarse_pass, scale_and_offset
+from minicode.runtime.gpu import coarse_pass
+from minicode.topk import SIMILARITIES, scale_and_offset
 
 ROOT = Path(__file__).parent.parent
 
