@@ -91,7 +91,7 @@ def _intact(binary):
 
 
 def _find_cuda():
-    """nvcc and the GPU's architecture; None without a GPU, or, with a line, without a fitting nvcc."""
+    """nvcc and the GPU's architecture; None without a GPU or, having said so, without an nvcc."""
     if not (torch.version.cuda and torch.cuda.is_available()):
         return None
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
