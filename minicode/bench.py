@@ -29,6 +29,7 @@ SHAPES = [  # groups, N, d, C, k
     (1, 1, 128, 10_000, 8),
 ]
 ON_GPU = (1, 65_536, 128, 10_000, 1)  # what fills one
+SIDE, SIDE_ON_GPU = 3072, 8192  # of the square matmul
 
 
 def main(argv=None):
@@ -47,7 +48,7 @@ def main(argv=None):
 
 def bench(device):
     on_gpu = device.type == "cuda"
-    side = 8192 if on_gpu else 3072
+    side = SIDE_ON_GPU if on_gpu else SIDE
     square = torch.randn(side, side).to(device)
     result = {
         "device": torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads",
