@@ -178,8 +178,8 @@ static float right(const Share* all, int k, int column) {
   return of_bfloat16(holder.b[k / 8], k % 2);
 }
 
-// Adds four products to a sum at once; each, and the sum, is cut off at the last bit of the largest:
-// the worst that has been observed of tensor cores.
+// Adds four products to a sum at once, each of the five cut off at the last bit of the largest: the
+// worst that has been observed of tensor cores.
 static float add(float sum, const double (&products)[4]) {
   double largest = std::fabs(sum);
   for (double product : products) largest = std::max(largest, std::fabs(product));

@@ -9,6 +9,7 @@ from test_train import refusal
 from minicode import Codebook, ablate
 from minicode.ablate import main
 from minicode.study import ideas
+from minicode.train_fsm import main as train_fsm
 
 
 def test_rotation_hands_on_q_and_turns_the_gradient():
@@ -69,25 +70,39 @@ def test_every_replaced_method_is_of_an_idea_and_of_codebook():
             assert hasattr(Codebook, name)
 
 
+@pytest.mark.parametrize("idea", ideas.IDEAS)
+def test_the_flags_of_an_idea_are_flags(idea, tmp_path, capsys):
+    flags = ideas.IDEAS[idea].split()
+    line = refusal(train_fsm, "--out", str(tmp_path), *flags, "--steps", "0", capsys=capsys)
+    assert "steps must be at least 1" in line
+
+
+SMALL = (
+    "--n-states 16 --n-edges 3 --base 4 --n-layer 1 --n-head 2 --n-embd 16 --block-size 12 "
+    "--n-codes 32 --n-codes-head 8"
+)
+
+
 def test_a_table_with_a_method_replaced_is_made_once(tmp_path, monkeypatch, capsys):
-    idea = "LayerNorm in front"
     used = []
 
     def start(self, inputs, generator=None):
         used.append(self)
         ideas.START(self, inputs, generator=generator)
 
-    monkeypatch.setitem(ideas.REPLACED, idea, {"start": start})
+    monkeypatch.setitem(ideas.IDEAS, "a small one", SMALL)
+    monkeypatch.setitem(ideas.REPLACED, "a small one", {"start": start})
     before = Codebook.start
-    flags = ["--out", str(tmp_path), "--seeds", "1", "--steps", "2", idea]
+    flags = ["--out", str(tmp_path), "--seeds", "1", "--steps", "2", "a small one"]
     main(flags)
-    assert len(used) == 4  # head and mlp of two layers
+    assert len(used) == 2  # head and mlp of one layer
     assert Codebook.start is before
     head, rule, row = capsys.readouterr().out.splitlines()[-3:]
     assert head == "| idea | loss | transition accuracy | dead codes | control, MLPs |"
     assert rule == "|---|---|---|---|---|"
-    assert row.startswith("| LayerNorm in front `--layer-norm` | 2.")
-    figures = json.loads((tmp_path / "LayerNorm-in-front-0" / "ablation.json").read_text())
+    figures = json.loads((tmp_path / "a-small-one-0" / "ablation.json").read_text())
+    loss = f"{figures['loss']:.3f}"
+    assert row.startswith(f"| a small one `{SMALL}` | {loss} ({loss} to {loss}) | ")
     assert 0 <= figures["control_mlp"] <= 1
     assert figures["step"] == 2
 
