@@ -1,19 +1,16 @@
 """The extension's search, on a CPU and on a GPU; csrc/README.md tells how it works."""
 
-from functools import partial
-
 import torch
 
-from minicode.runtime import extension
+from minicode.runtime import extension, gpu
 from minicode.runtime.arguments import SIMILARITIES
-from minicode.runtime.gpu import coarse_pass
 
 
 def serves(x, k):
-    """Whether the extension searches x (G, N, d) here: on a GPU it keeps lists of up to 32."""
+    """Whether the extension searches for the k best codes of x (G, N, d) here."""
     if x.device.type not in extension.load()[0]:
         return False
-    return x.is_cpu or (k <= 32 and x.shape[1] >= 512)
+    return x.is_cpu or gpu.serves(x, k)
 
 
 def search(x, codes, k, similarity, scale_and_offset, coarse=True):
@@ -25,37 +22,20 @@ def search(x, codes, k, similarity, scale_and_offset, coarse=True):
     codes = codes.float().contiguous()
     if x.is_cpu:
         kind = SIMILARITIES.index(similarity)
-        search_part = partial(_on_cpu, codes=codes, k=k, kind=kind, coarse=coarse)
-        if x.dtype == torch.float32 and x.stride(-1) == 1:
-            return search_part(x)  # it is read where it lies
+        if x.dtype == torch.float32 and x.stride(-1) == 1:  # it is read where it lies
+            return torch.ops.minicode_native.topk(x, codes, k, kind, coarse)
     else:
         scale, offset = scale_and_offset(codes, similarity)
-        search_part = partial(_on_gpu, codes=codes, scale=scale, offset=offset, k=k, coarse=coarse)
     held = codes.shape[0] * max(128, x.shape[2])  # a row, or on a GPU its list of candidates
     most = 1 << 24 if x.is_cuda else 1 << 21
-    parts = x.split(max(1, most // held), dim=1)
-    found = [search_part(rows.float().contiguous()) for rows in parts]
-    scores, ids = zip(*found)
+    scores = []
+    ids = []
+    for rows in x.split(max(1, most // held), dim=1):
+        rows = rows.float().contiguous()
+        if x.is_cpu:
+            best, which = torch.ops.minicode_native.topk(rows, codes, k, kind, coarse)
+        else:
+            best, which = gpu.search(rows, codes, scale, offset, k, coarse)
+        scores.append(best)
+        ids.append(which)
     return torch.cat(scores, dim=1), torch.cat(ids, dim=1)
-
-
-def _on_cpu(x, codes, k, kind, coarse):
-    return torch.ops.minicode_native.topk(x, codes, k, kind, coarse)
-
-
-def _on_gpu(x, codes, scale, offset, k, coarse):
-    halves = []
-    if coarse and _pays(x, codes):
-        halves = coarse_pass(x, codes, scale, offset)
-    scale = scale.contiguous()
-    offset = offset.contiguous()
-    return torch.ops.minicode_native.topk_cuda(x, codes, scale, offset, k, halves)
-
-
-def _pays(x, codes):
-    """Whether a GPU with tensor cores is faster with a coarse pass first."""
-    n_dims = x.shape[2]
-    n_codes = codes.shape[1]
-    work = x.numel() * n_codes
-    large = n_dims >= 16 and n_codes >= 1024 and work >= 1 << 33
-    return large and torch.cuda.get_device_capability(x.device) >= (8, 0)
