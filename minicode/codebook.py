@@ -63,7 +63,7 @@ class Codebook(nn.Module):
                 self.autoencoding = F.mse_loss(q, a.detach())
                 self.commitment = F.mse_loss(a, q.detach())
                 self.inputs = a.detach().reshape(-1, self.groups, self.dim)
-                self._count(self.new_usage, self.ids)
+                self.count(self.new_usage, self.ids)
             return self.pass_on(a, q).flatten(-2).to(x.dtype)
 
     def activations(self, x):
@@ -90,10 +90,10 @@ class Codebook(nn.Module):
         first = self.n_codes * torch.arange(self.groups, device=ids.device)
         return ids + first.unsqueeze(-1)
 
-    def _count(self, count, ids):
-        """Adds to count (G, C) how often ids (..., G, k) name each code."""
+    def count(self, total, ids):
+        """Adds to total (G, C) how often ids (..., G, k) name each code."""
         rows = self._rows(ids).flatten()
-        count.view(-1).index_add_(0, rows, torch.ones_like(rows, dtype=count.dtype))
+        total.view(-1).index_add_(0, rows, torch.ones_like(rows, dtype=total.dtype))
 
     # -- in training, and before it
 
@@ -146,7 +146,7 @@ class Codebook(nn.Module):
         for _ in range(rounds):
             ids, _ = self._nearest(a, self.codes)  # (G, N)
             count = torch.zeros_like(self.usage)
-            self._count(count, ids.T.unsqueeze(-1))
+            self.count(count, ids.T.unsqueeze(-1))
             where = ids.unsqueeze(-1).expand_as(a)
             total = torch.zeros_like(self.codes).scatter_add_(1, where, a)
             count = count.unsqueeze(-1)  # (G, C, 1)
@@ -165,7 +165,7 @@ class Codebook(nn.Module):
         ids = self.search(a)  # (N, G, k)
         lack = (a - self.sum_codes(ids)).flatten(0, 1)  # (N * G, d)
         count = torch.zeros_like(self.usage)
-        self._count(count, ids)
+        self.count(count, ids)
         total = torch.zeros_like(self.codes)
         for rows in self._rows(ids).flatten(0, 1).T:  # k of (N * G)
             total.view(-1, self.dim).index_add_(0, rows, lack)
