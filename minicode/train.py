@@ -6,7 +6,6 @@ activations, and goes on with the codebooks in place. Batch and random numbers o
 one, to the last bit.
 """
 
-import json
 import math
 import sys
 import time
@@ -19,7 +18,7 @@ from minicode.codebook import perplexity
 from minicode.fsm import FSM
 from minicode.model import evaluating
 from minicode.runtime import processes
-from minicode.runtime.files import write, write_tensors
+from minicode.runtime.files import write_tensors
 from minicode.runtime.progress import bar, describe, say, show
 from minicode.runtime.session import save_checkpoint, stop_signals, summarise
 from minicode.study.machine import accuracies
@@ -202,8 +201,6 @@ def keep(session):
         figures = evaluate(session.model, session.data, config.seed, n)
         tokens = done * config.batch_size * config.block_size
         session.metrics.append({"step": done, "tokens": tokens, **figures})
-        lines = [json.dumps(line) + "\n" for line in session.metrics]
-        write(session.folder / "metrics.jsonl", "".join(lines))
         tqdm.write(describe(session.metrics[-1]))
         sys.stdout.flush()  # for a log, which has no bar
     save_checkpoint(session)

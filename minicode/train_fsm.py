@@ -43,7 +43,7 @@ def main(argv=None):
 
 
 def compare(run):
-    """A run's figures beside the loss floor, and the released model's if its machine is as large."""
+    """A run's figures beside the loss floor, and the released model's on a machine as large."""
     others = {"loss floor": {"loss": run.summary["loss_floor"]}}
     if RELEASED_MACHINE.items() <= vars(run.fsm).items():
         others["released, 2.6 B tokens"] = RELEASED

@@ -113,9 +113,14 @@ def check_sizes(config, data):
 
 
 def save_checkpoint(session):
-    """train_state.pt alone, so that it can't be half old and half new; model.pt is to be read."""
+    """A checkpoint is train_state.pt alone, so that it is never half old and half new.
+
+    The other files are to be read, and come first: resuming makes up for a kill in between.
+    """
+    lines = [json.dumps(line) + "\n" for line in session.metrics]
+    write(session.folder / "metrics.jsonl", "".join(lines))
     model = session.model.state_dict()
-    write_tensors(session.folder / "model.pt", model)  # first: resuming makes up for a kill here
+    write_tensors(session.folder / "model.pt", model)
     state = {
         "step": session.step,
         "seconds": session.seconds,
