@@ -56,17 +56,17 @@ def in_child(function, log):
     pid = os.fork()
     if pid == 0:
         status = 99
-        try:
-            with open(log, "w", buffering=1) as file:
-                sys.stdout = file
-                sys.stderr = file
+        with open(log, "w", buffering=1) as file:
+            sys.stdout = file
+            sys.stderr = file
+            try:
                 status = function()
-        except SystemExit as error:
-            status = error.code
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
+            except SystemExit as error:
+                status = error.code
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
