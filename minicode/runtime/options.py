@@ -67,6 +67,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, name, about):
         super().__init__(
             prog=f"python -m minicode.{name}",
+            usage="%(prog)s [flags]",
             description=about,
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
