@@ -150,6 +150,7 @@ def load_checkpoint(session):
 def load_moments(optimizer, found):
     """Gives an optimizer of AdamW the moments {number of the parameter: {name: tensor}}."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = dict(enumerate(parameters))
     moments = {}
     for i, tensors in found.items():
         like = parameters[i]
