@@ -62,7 +62,7 @@ class Codebook(nn.Module):
                 self.autoencoding = F.mse_loss(q, a.detach())
                 self.commitment = F.mse_loss(a, q.detach())
                 self.inputs = a.detach().reshape(-1, self.groups, self.dim)
-                self.usage += processes.add_up(self._count(self.ids))
+                self.usage += processes.add_up(self.count(self.ids))
             return self.pass_on(a, q).flatten(-2).to(x.dtype)
 
     def activations(self, x):
@@ -89,7 +89,7 @@ class Codebook(nn.Module):
         first = self.n_codes * torch.arange(self.groups, device=ids.device)
         return ids + first.unsqueeze(-1)
 
-    def _count(self, ids):
+    def count(self, ids):
         """How often ids (..., G, k) name each code: (G, C)."""
         rows = self._rows(ids).flatten()
         count = torch.zeros_like(self.usage)
@@ -161,7 +161,7 @@ class Codebook(nn.Module):
         total = torch.zeros_like(self.codes)
         for rows in self._rows(ids).flatten(0, 1).T:  # k of (N * G)
             total.view(-1, self.dim).index_add_(0, rows, values.flatten(0, 1))
-        return self._count(ids).unsqueeze(-1), total
+        return self.count(ids).unsqueeze(-1), total
 
     def _nearest(self, a, codes):
         """For each of a (G, N, d): the nearest code's id, its squared distance; both (G, N)."""
