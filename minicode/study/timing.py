@@ -43,6 +43,7 @@ def extra_memory(method, on_gpu=False):
         before = torch.cuda.memory_allocated()
         method()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+
     peak = Path("/proc/self/clear_refs")
     if not peak.exists():
         return None
@@ -91,12 +92,14 @@ def _faiss(x, table, k, similarity):
 
 
 def bench_search(x, codes, k, similarity, what):
-    """One table of searches, and how many of their ids are not those of PyTorch's search."""
+    """One table of searches: times, GFLOP/s, MB, and times_as_fast as matmul + topk.
+
+    different_ids: how many of the ids are not those of PyTorch's search.
+    """
     methods = searches(x, codes, k, similarity)
     exact = methods["PyTorch, chunks"]()[1]
     flop = 2 * x.numel() * codes.shape[1]
-    long = flop > 1e8 and not x.is_cuda
-    results = timed(methods, rounds=7 if long else 101)
+    results = timed(methods, rounds=7 if flop > 1e8 and not x.is_cuda else 101)
     for name, result in results.items():
         result["gflops"] = flop / result["ms"] / 1e6
         result["times_as_fast"] = results["matmul + topk"]["ms"] / result["ms"]
@@ -117,5 +120,4 @@ def trained(folder, device="cpu"):
     run.model(torch.from_numpy(tokens).to(device))
     for name, codebook in list(run.model.codebooks().items())[-2:]:
         x = codebook.inputs.transpose(0, 1).contiguous()  # (G, N, d)
-        what = f"of {folder}: {name}"
-        yield x, codebook.codes.detach(), codebook.k, codebook.similarity, what
+        yield x, codebook.codes.detach(), codebook.k, codebook.similarity, f"of {folder}: {name}"
