@@ -1,0 +1,1 @@
+def picture(*a): pass
