@@ -25,8 +25,9 @@ class Drawing:
         self.parts = []
 
     def text(self, x, y, text, anchor="start", color=""):
-        place = f'class="{color}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
-        self.parts.append(f"<text {place}>{escape(text)}</text>")
+        if text:
+            place = f'class="{color}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+            self.parts.append(f"<text {place}>{escape(text)}</text>")
 
     def shape(self, d, color="ink", width=1, fill="none", dash="none", note=""):
         """A path in SVG's notation, drawn with a pen of that width, or filled."""
@@ -93,7 +94,7 @@ class Chart(Drawing):
             self.text(17, top + 4, name)
             top += 20
         self.text(0, top + 6, y)
-        top += 20
+        top += 20 if y else 4
         # the axes, with what stands left of the one and below the other
         bottom = height - 46
         self.y = Axis(ys, bottom, top)
@@ -141,7 +142,7 @@ def bars(groups, series, errors=None, horizontal=False, cover=(), **labels):
     for values in series.values():
         reached += values
     n = max(1, len(series))
-    height = 90 + len(groups) * (12 + 13 * n) if horizontal else 300
+    height = 80 + len(groups) * (12 + 13 * n) if horizontal else 300
     chart = Chart(*point(groups, reached), series, height, **labels)
     for i, (name, values) in enumerate(series.items()):
         half = errors[name] if errors else [None] * len(values)

@@ -77,7 +77,9 @@ class Sheet(Drawing):
         self.text(0, 18, "Reading a network by its codes, and steering it", color="big ink")
         walk = f"only {fsm.n_edges} of its {fsm.n_states} states may follow a state"
         self.text(0, 42, f"A network reads the digits of a machine that walks at random: {walk}.")
-        about = "It sees digits, never states. Below each: what its codes stand for (empty: no label fits)."
+        about = (
+            "It sees no states. Below each digit: what its codes stand for (empty: no label fits)."
+        )
         self.text(0, 60, about)
 
     def panel(self, heading, recording, state, forced=()):
