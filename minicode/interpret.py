@@ -27,10 +27,6 @@ def main(argv=None):
     with parser.user_errors():
         run = load_run(args.run or latest_run())
         run.sites()
-        learnt = run.summary.get("transition_accuracy", 1)
-        if learnt < 0.9:
-            about = f"{run.folder} has not learnt the machine (transition accuracy {learnt:.2f})"
-            print(f"note: {about}: its codes will not mean much", file=sys.stderr)
         code = Code.parse(args.code, run.model) if args.code else None
         other = other_run(run, args.compare) if args.compare else None
         tokens, kinds = topics.held_out(run)
@@ -45,6 +41,10 @@ def main(argv=None):
             result, text = picture(run, recording, kinds, args.picture)
         else:
             result, text = study(run, recording, kinds, args.figures)
+    learnt = run.summary.get("transition_accuracy", 1)
+    if learnt < 0.9:
+        about = f"{run.folder} has not learnt the machine (transition accuracy {learnt:.2f})"
+        print(f"note: {about}: its codes will not mean much", file=sys.stderr)
     print(json.dumps(result) if args.json else text)
 
 

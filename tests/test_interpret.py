@@ -13,6 +13,7 @@ from test_train import refusal, train
 from minicode import load_run
 from minicode.interpret import main as interpret
 from minicode.study.detectors import record_codes
+from minicode.study.lookup import look_up
 from minicode.study.study import best_codes
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -109,23 +110,22 @@ def test_a_code_in_context(interpreted, capsys):
     assert f"{code} fires at {result['count']} of 6,144 positions" in capsys.readouterr().out
 
 
-def test_a_label_that_does_not_fit_is_not_what_a_code_stands_for(interpreted, capsys):
-    rows = as_json(capsys, "--run", interpreted, "--search", " ", "--precision", "0")["codes"]
-    said = set()
-    for row in rows:
-        flags = ["--run", interpreted, "--code", row["code"]]
-        result = as_json(capsys, *flags)
-        precision, recall = result["precision"], result["recall"]
-        assert result["fits"] == (2 * precision * recall >= 0.5 * (precision + recall))
-        if result["fits"] not in said:
-            said.add(result["fits"])
-            interpret([*map(str, flags)])
-            text = capsys.readouterr().out
-            assert ("stands for" in text) == result["fits"]
-            assert ("no label fits; nearest: " in text) != result["fits"]
-        if len(said) == 2:
-            return
-    assert said == {True, False}
+def test_a_label_that_does_not_fit_is_not_what_a_code_stands_for(interpreted):
+    run = load_run(interpreted)
+    tokens, _ = run.data.labelled(np.random.default_rng(0), 16, 12)
+    recording = record_codes(run.model, tokens)
+    number = int(recording.count.argmax())
+    fires = np.zeros(tokens.size, dtype=bool)
+    fires[recording.where[number]] = True
+    exactly = np.where(fires, 0, -1).reshape(tokens.shape)
+    once = np.full(tokens.size, -1)
+    once[recording.where[number][0]] = 0
+    for labels, fits in ((exactly, True), (once.reshape(tokens.shape), False)):
+        kinds = {"made": (labels, ["up"])}
+        result, text = look_up(run, recording, kinds, recording.names[number])
+        assert result["fits"] == fits
+        assert ("stands for made up" in text) == fits
+        assert ("no label fits; nearest: made up" in text) != fits
 
 
 def test_the_best_codes_are_of_different_labels_sites_and_kinds():
@@ -141,7 +141,7 @@ def test_the_best_codes_are_of_different_labels_sites_and_kinds():
     recording.count[6] = 100
     rows = best_codes(recording, labels)
     first = [row["code"] for row in rows[:3]]
-    assert first == ["mlp.0.6", "mlp.0.20", "mlp.1.32"]
+    assert first == ["mlp.0.6", "mlp.0.20", "mlp.1.0"]
     assert rows[-1]["label"] == "8"
     assert len(rows) == len({row["label"] for row in rows}) == 8
 
