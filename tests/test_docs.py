@@ -21,13 +21,13 @@ from minicode.train_text import main as train_text
 
 ROOT = Path(__file__).parent.parent
 PYTHON = sorted((ROOT / "minicode").glob("*.py"))
-LITTLE = "--steps 2 --batch-size 4 --n-embd 32 --n-codes-head 16 --k 2".split()
+LITTLE = ["--steps", "2", "--batch-size", "4", "--n-embd", "32", "--n-codes-head", "16", "--k", "2"]
 FIGURES = dict.fromkeys(("before", "after", "random", "perplexity_before", "perplexity_after"), 0.5)
 STEERING = {
     "topics": {"dragon": {**FIGURES, "codes": ["head.0.0.3", "head.1.2.5"]}},
     "mean": FIGURES,
 }
-QUICK = "--steps 12 --batch-size 64 --eval-every 12 --device cpu".split()
+QUICK = ["--steps", "12", "--batch-size", "64", "--eval-every", "12", "--device", "cpu"]
 
 
 def blocks(name, language):

@@ -29,7 +29,7 @@ from minicode.sample import main as sample
 from minicode.study.detectors import detect, record_codes
 from minicode.train_text import main as train_text
 
-SMALL = "--n-layer 2 --n-head 2 --n-embd 16 --block-size 32 --n-codes-head 16 --k 4 --steps 60 --batch-size 8 --eval-every 60 --device cpu".split()
+SMALL = ["--n-layer", "2", "--n-head", "2", "--n-embd", "16", "--block-size", "32", "--n-codes-head", "16", "--k", "4", "--steps", "60", "--batch-size", "8", "--eval-every", "60", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def own_run(tmp_path_factory):
         "\n\n".join(
             f"The king said {word} {i} times to <script> the queen."
             for i in range(60)
-            for word in "yes no maybe hello never".split()
+            for word in ["yes", "no", "maybe", "hello", "never"]
         )
     )
     assert (

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from minicode.control import Code, chosen
-from minicode.study.machine import copy_codes, pairs, random_codes, steer, transition_accuracy
 from minicode.study.machine import control as measure_control
+from minicode.study.machine import copy_codes, pairs, random_codes, steer, transition_accuracy
 
 
 def demonstrate(run, args):
