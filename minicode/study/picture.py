@@ -89,6 +89,11 @@ class Sheet(Drawing):
         self.text(0, 60, about)
 
     def panel(self, recording, state, heading, steered=False):
+        """A sequence with its codes, and whether what follows its given part may follow a state.
+
+        recording   the sequence, as record_codes has it
+        steered     codes were forced at the last digit given, and at the new ones before the last
+        """
         fsm = self.fsm
         tokens = recording.tokens[0]
         top = self.y + 44
@@ -96,11 +101,7 @@ class Sheet(Drawing):
         self.text(0, self.y, heading, color="big forced" if steered else "big ink")
         self.text(WIDTH - GAP, self.y, "written by the network", "end", "c0")
         for row, column in enumerate(self.columns):
-            site, head = recording.columns[column]
-            name, layer = site.split(".")
-            y = top + ROW * row
-            self.text(0, y + 15, f"layer {layer}")
-            self.text(0, y + 30, f"head {head}" if name == "head" else name.upper())
+            self.name(top + ROW * row, *recording.columns[column])
         for i, position in enumerate(range(1 + fsm.digits, len(tokens))):
             x = LEFT + CELL * i + GAP * (i // fsm.digits)
             after = position - self.given  # of the first new token
@@ -116,6 +117,16 @@ class Sheet(Drawing):
         follow = f"{fsm.name(state)} may be followed by {may}"
         self.text(0, end + 16, f"{follow}. The network went on to {fsm.name(new)}: {right}.")
         self.y += PANEL + ROW * len(self.columns)
+
+    def name(self, y, site, head):
+        """Where a row's codes are, in two lines."""
+        part, layer = site.split(".")
+        if part == "head":
+            part = f"head {head}"
+        elif part == "mlp":
+            part = "MLP"
+        self.text(0, y + 15, f"layer {layer}")
+        self.text(0, y + 29, part)
 
     def cell(self, x, y, number, forced):
         """What a code stands for, in two lines."""
