@@ -3,6 +3,7 @@
 import json
 import shutil
 import xml.etree.ElementTree as ET
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from minicode import load_run
 from minicode.interpret import main as interpret
 from minicode.study.detectors import record_codes
 from minicode.study.lookup import look_up
+from minicode.study.picture import picture
 from minicode.study.study import best_codes
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -141,7 +143,7 @@ def test_the_best_codes_are_of_different_labels_sites_and_kinds():
     recording.count[6] = 100
     rows = best_codes(recording, labels)
     first = [row["code"] for row in rows[:3]]
-    assert first == ["mlp.0.6", "mlp.0.20", "mlp.1.0"]
+    assert first == ["mlp.0.6", "mlp.1.0", "mlp.0.20"]
     assert rows[-1]["label"] == "8"
     assert len(rows) == len({row["label"] for row in rows}) == 8
 
@@ -190,6 +192,8 @@ def test_no_picture_of_text_or_of_a_block_without_room(interpreted, tmp_path, ca
     train(tmp_path / "short", "--block-size", "5", "--steps", "2")
     flags = ["--run", tmp_path / "short", "--picture", tmp_path / "p.svg"]
     assert "room for three states" in refusal(interpret, *flags, capsys=capsys)
+    with pytest.raises(ValueError, match="on text: minicode.sample"):
+        picture(SimpleNamespace(fsm=None), None, {}, tmp_path / "p.svg")
     assert not (tmp_path / "p.svg").exists()
 
 

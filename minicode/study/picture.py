@@ -11,11 +11,14 @@ from minicode.study.figures import Drawing
 from minicode.study.lookup import FITS
 from minicode.study.machine import copy_codes, steer
 
-WIDTH = 720  # of the picture, in pixels
-LEFT = 66  # where the first token stands
+# in pixels
+WIDTH = 720
+LEFT = 66  # of the first token
 CELL = 61  # from one token to the next
 GAP = 8  # between states
 ROW = 42  # from one row of codes to the next
+PANEL = 104  # what a panel has beside its rows of codes
+
 MOST_ROWS = 3
 MOST_TOKENS = 10
 
@@ -25,7 +28,8 @@ def picture(run, recording, kinds, path):
     fsm = run.fsm
     if not fsm:
         raise ValueError("--picture is of TokFSM; on text: minicode.sample --force-code topic:NAME")
-    room = min(MOST_TOKENS + fsm.digits, run.config.block_size - 1)
+    # the first state is not shown: heads have nothing to look back at there
+    room = min(fsm.digits + MOST_TOKENS, run.config.block_size - 1)
     n_states = room // fsm.digits
     if n_states < 3:
         raise ValueError("--picture needs a block with room for three states")
@@ -43,7 +47,7 @@ def picture(run, recording, kinds, path):
         return edits[-1]
 
     def go_on(tokens):
-        """The sequence to its end, with its codes, while they are edited."""
+        """The sequence to its end, with its codes, under the edits so far."""
         n_new = 1 + n_states * fsm.digits - tokens.shape[1]
         with ExitStack() as stack:
             for edit in edits:
@@ -52,10 +56,10 @@ def picture(run, recording, kinds, path):
             return record_codes(run.model, tokens.cpu().numpy())
 
     sheet = Sheet(fsm, recording, best_labels(recording, kinds), given)
-    sheet.panel(f"Left alone in state {fsm.name(a)}", go_on(prompt), a)
+    sheet.panel(go_on(prompt), a, f"Left alone in state {fsm.name(a)}")
     steered, _ = steer(fsm, run.model, prompt, [b], intervene, generator)
     heading = f"The same, but in orange the codes of state {fsm.name(b)} are forced"
-    sheet.panel(heading, go_on(steered), b, range(given - 1, given - 1 + fsm.digits))
+    sheet.panel(go_on(steered), b, heading, steered=True)
     write(path, sheet.svg())
     return {"picture": str(path)}, f"wrote {path}"
 
@@ -67,61 +71,78 @@ class Sheet(Drawing):
         self.fsm = fsm
         self.labels = labels
         self.given = given
-        self.y = 106
-        fits = np.array([bool(label) and label[-1] >= FITS for label in labels])
-        often = fits[recording.fired].mean(0)  # by column of codes
+        self.fits = np.array([bool(label) and label[-1] >= FITS for label in labels])
+        # the columns of codes that have a label at the most positions
+        often = self.fits[recording.fired].mean(0)
         self.columns = np.sort(np.argsort(-often)[:MOST_ROWS])
-        self.fits = fits
-        height = self.y + 2 * (ROW * len(self.columns) + 104) - 40
-        super().__init__("A sequence with its codes, and with others forced", WIDTH, height)
-        self.text(0, 18, "Reading a network by its codes, and steering it", color="big ink")
+        self.y = 106
+        height = self.y + 2 * (PANEL + ROW * len(self.columns)) - 40
+        title = "Reading a network by its codes, and steering it"
+        super().__init__(title, WIDTH, height)
+        self.text(0, 18, title, color="big ink")
         walk = f"only {fsm.n_edges} of its {fsm.n_states} states may follow a state"
-        self.text(0, 42, f"A network reads the digits of a machine that walks at random: {walk}.")
+        intro = f"A network reads the digits of a machine that walks at random: {walk}."
+        self.text(0, 42, intro)
         about = (
             "It sees no states. Below each digit: what its codes stand for (empty: no label fits)."
         )
         self.text(0, 60, about)
 
-    def panel(self, heading, recording, state, forced=()):
+    def panel(self, recording, state, heading, steered=False):
+        """A sequence with its codes, and whether what follows its given part may follow a state.
+
+        recording   the sequence, as record_codes has it
+        steered     codes were forced at the last digit given, and at the new ones before the last
+        """
         fsm = self.fsm
         tokens = recording.tokens[0]
-        self.text(0, self.y, heading, color="big forced" if forced else "big ink")
+        top = self.y + 44
+        end = top + ROW * len(self.columns)
+        self.text(0, self.y, heading, color="big forced" if steered else "big ink")
         self.text(WIDTH - GAP, self.y, "written by the network", "end", "c0")
-        # the first state is not shown: heads have nothing to look back at there
+        for row, column in enumerate(self.columns):
+            self.name(top + ROW * row, *recording.columns[column])
         for i, position in enumerate(range(1 + fsm.digits, len(tokens))):
             x = LEFT + CELL * i + GAP * (i // fsm.digits)
-            color = "big ink" if position < self.given else "big c0"
+            after = position - self.given  # of the first new token
+            color = "big c0" if after >= 0 else "big ink"
             digit = fsm.vocabulary[tokens[position]]
             self.text(x + CELL / 2, self.y + 32, digit, "middle", color)
-            numbers = recording.fired[position, self.columns]
-            for row, number in enumerate(numbers):
-                self.cell(x, self.y + 44 + ROW * row, number, position in forced)
-        self.y += 44
-        for column in self.columns:
-            site, group = recording.columns[column]
-            name, layer = site.split(".")
-            self.text(0, self.y + 15, f"layer {layer}")
-            self.text(0, self.y + 30, f"head {group}" if name == "head" else name.upper())
-            self.y += ROW
+            forced = steered and -1 <= after < fsm.digits - 1
+            for row, number in enumerate(recording.fired[position, self.columns]):
+                self.cell(x, top + ROW * row, number, forced)
         new = fsm.decode(tokens[self.given : self.given + fsm.digits])[0]
-        right = "right" if fsm.transition_matrix[state, new] > 0 else "wrong"
         may = " ".join(map(fsm.name, fsm.successors[state][:10]))
-        end = f"{fsm.name(state)} may be followed by {may}. The network went on"
-        self.text(0, self.y + 16, f"{end} to {fsm.name(new)}: {right}.")
-        self.y += 60
+        right = "right" if new in fsm.successors[state] else "wrong"
+        follow = f"{fsm.name(state)} may be followed by {may}"
+        self.text(0, end + 16, f"{follow}. The network went on to {fsm.name(new)}: {right}.")
+        self.y += PANEL + ROW * len(self.columns)
+
+    def name(self, y, site, head):
+        """Where a row's codes are, in two lines."""
+        part, layer = site.split(".")
+        if part == "head":
+            part = f"head {head}"
+        elif part == "mlp":
+            part = "MLP"
+        self.text(0, y + 15, f"layer {layer}")
+        self.text(0, y + 29, part)
 
     def cell(self, x, y, number, forced):
         """What a code stands for, in two lines."""
-        fits = self.fits[number]
-        color = "forced" if forced else "tint" if fits else "bare"
-        corner = f"M{x + 5} {y + 4}h{CELL - 10}v{ROW - 12}h{10 - CELL}z"
-        self.shape(corner, color, 6, "currentColor")
-        if fits:
-            kind, name, *_ = self.labels[number]
-            if kind == "trigram":
-                state, digit = name.split()
-                kind = f"state {state}"
-                name = f"then {digit}"
-            ink = "on" if forced else "ink"
-            self.text(x + CELL / 2, y + 15, kind, "middle", f"small {ink}")
-            self.text(x + CELL / 2, y + 29, name, "middle", f"bold {ink}")
+        color = "tint" if self.fits[number] else "bare"
+        ink = "ink"
+        if forced:
+            color = "forced"
+            ink = "on"
+        box = f"M{x + 5} {y + 4}h{CELL - 10}v{ROW - 12}h{10 - CELL}z"
+        self.shape(box, color, 6, "currentColor")
+        if not self.fits[number]:
+            return
+        kind, name, *_ = self.labels[number]
+        if kind == "trigram":
+            state, digit = name.split()
+            kind = f"state {state}"
+            name = f"then {digit}"
+        self.text(x + CELL / 2, y + 15, kind, "middle", f"small {ink}")
+        self.text(x + CELL / 2, y + 29, name, "middle", f"bold {ink}")

@@ -29,11 +29,8 @@ def study(run, recording, kinds, folder):
         "best_codes": best_codes(recording, labels),
     }
     if run.fsm:
-        bigrams, trigrams = run.data.prefixes()
-        result["purity"] = {
-            "bigram": purity(run.model, bigrams),
-            "trigram": purity(run.model, trigrams),
-        }
+        shares = [purity(run.model, prompts) for prompts in run.data.prefixes()]
+        result["purity"] = dict(zip(("bigram", "trigram"), shares))
         found = detect(recording, *kinds["state"])
         best = np.minimum(found.precision, found.recall).max(0)
         detectors["states_with_code"] = float((best >= 0.95).mean())
@@ -73,14 +70,14 @@ def best_codes(recording, labels, most=10):
     """The best codes by F1, one for each label.
 
     Of codes that are about as good, those come first whose site and kind of label were listed the
-    least, and then those that fire the most.
+    least; then the better ones, and those that fire the most.
     """
     listed = Counter()
 
     def merit(number):
         kind, _, _, _, f1 = labels[number]
         site = recording.names[number].site
-        return round(f1, 1), -listed[site, kind], recording.count[number]
+        return round(f1, 1), -listed[site, kind], f1, recording.count[number]
 
     left = [number for number, label in enumerate(labels) if label]
     rows = []
@@ -176,11 +173,13 @@ def draw_control(control):
 def measures(result):
     """The figures of a result as rows for people: (name, value, note)."""
     found = result["detectors"]
-    code, neuron = found["code_precision"], found["neuron_precision"]
+    code = f"{found['code_precision']:.3f}"
+    neuron = f"{found['neuron_precision']:.3f}"
+    wins = f"{found['code_wins']:.1%}"
     rows = [
-        ("code precision", f"{code:.3f}", "the best code of each feature, on average"),
-        ("neuron precision", f"{neuron:.3f}", "the best neuron of each, at the same recall"),
-        ("code wins", f"{found['code_wins']:.1%}", "features whose code is more precise"),
+        ("code precision", code, "the best code of each feature, on average"),
+        ("neuron precision", neuron, "the best neuron of each, at the same recall"),
+        ("code wins", wins, "features whose code is more precise"),
     ]
     if "states_with_code" in found:
         share = f"{found['states_with_code']:.1%}"
