@@ -8,7 +8,6 @@ import warnings
 import zipfile
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 
 
@@ -36,12 +35,6 @@ def write(path, content):
         raise OSError(f"{path} could not be written: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def write_array(path, array):
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    write(path, buffer.getvalue())
 
 
 def write_tensors(path, data):

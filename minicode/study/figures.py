@@ -83,7 +83,7 @@ class Axis:
 
 
 class Chart(Drawing):
-    """The frame of a chart. xs and ys: the names or numbers that the axes have to show."""
+    """The frame of a chart. xs: the numbers that an axis has to show; ys: numbers, or names."""
 
     def __init__(self, xs, ys, legend=(), height=300, title="", x="", y=""):
         super().__init__(title, WIDTH, height)
@@ -105,8 +105,7 @@ class Chart(Drawing):
         self.text((left + WIDTH) / 2, height - 8, x, "middle")
         # a line of the grid for each number, and its text
         for value, text in self.x.ticks.items():
-            if not self.x.named:
-                self.path([(value, self.y.low), (value, self.y.high)], "grid")
+            self.path([(value, self.y.low), (value, self.y.high)], "grid")
             self.text(self.x(value), bottom + 18, text, "middle")
         for value, text in self.y.ticks.items():
             if not self.y.named:
@@ -128,22 +127,18 @@ class Chart(Drawing):
         self.shape(d, color, width, **look)
 
 
-def bars(groups, series, errors=None, horizontal=False, cover=(), **labels):
-    """Bars side by side: series {name: a value for each group}.
+def bars(groups, series, errors=None, cover=(), **labels):
+    """Bars one below the other: series {name: a value for each group}.
 
     errors   {name: a number for each group}, half the lengths of the error bars
     cover    numbers that the axis has to reach
     """
-
-    def point(at, value):
-        return (value, at) if horizontal else (at, value)
-
     reached = [*cover]
     for values in series.values():
         reached += values
     n = max(1, len(series))
-    height = 80 + len(groups) * (12 + 13 * n) if horizontal else 300
-    chart = Chart(*point(groups, reached), series, height, **labels)
+    height = 80 + len(groups) * (12 + 13 * n)
+    chart = Chart(reached, groups, series, height, **labels)
     for i, (name, values) in enumerate(series.items()):
         half = errors[name] if errors else [None] * len(values)
         for j, (value, error) in enumerate(zip(values, half)):
@@ -151,16 +146,15 @@ def bars(groups, series, errors=None, horizontal=False, cover=(), **labels):
                 continue
             # the bars of a group share eight tenths of its place
             middle = j + 0.8 * ((i + 0.5) / n - 0.5)
-            left = middle - 0.36 / n
-            right = middle + 0.36 / n
-            box = [point(left, 0), point(left, value), point(right, value), point(right, 0)]
+            above = middle - 0.36 / n
+            below = middle + 0.36 / n
+            box = [(0, above), (value, above), (value, below), (0, below)]
             note = f"{groups[j]}, {name}: {value:.4g}"
             if finite(error):
                 note += f" ± {error:.2g}"
             chart.path(box, f"c{i % 6}", 0, fill="currentColor", note=note)
             if finite(error):
-                ends = [point(middle, value - error), point(middle, value + error)]
-                chart.path(ends, width=1.5)
+                chart.path([(value - error, middle), (value + error, middle)], width=1.5)
     return chart.svg()
 
 

@@ -1,14 +1,13 @@
 """Every measure of a run: interpret.json, report.html and the tables."""
 
 import json
-from collections import Counter
 
 import numpy as np
 import torch
 
 from minicode.codebook import perplexity
 from minicode.language import topics
-from minicode.runtime.files import write, write_array
+from minicode.runtime.files import write
 from minicode.study import figures
 from minicode.study.detectors import best_labels, codes_against_neurons, detect, purity
 from minicode.study.machine import control_study
@@ -39,8 +38,6 @@ def study(run, recording, kinds, folder):
         result["steering"] = topics.steering_table(run, recording, *kinds["topic"])
         write(run.folder / "steering.json", json.dumps(result["steering"], indent=1))
     drawn = draw(result, points)
-    write_array(run.folder / "codes.npy", recording.codes)
-    write_array(run.folder / "tokens.npy", recording.tokens)
     write(run.folder / "interpret.json", json.dumps(result, indent=1))
     write_report(run.folder / "report.html", page(run, recording, labels, measures(result), drawn))
     if folder:
@@ -67,28 +64,18 @@ def usage(recording):
 
 
 def best_codes(recording, labels, most=10):
-    """The best codes by F1, one for each label.
-
-    Of codes that are about as good, those come first whose site and kind of label were listed the
-    least; then the better ones, and those that fire the most.
-    """
-    listed = Counter()
+    """The best code of each label, by F1; of equals, those that fire the most."""
 
     def merit(number):
-        kind, _, _, _, f1 = labels[number]
-        site = recording.names[number].site
-        return round(f1, 1), -listed[site, kind], f1, recording.count[number]
+        return round(labels[number][-1], 2), recording.count[number]
 
-    left = [number for number, label in enumerate(labels) if label]
-    rows = []
-    while left and len(rows) < most:
-        number = max(left, key=merit)
-        code = recording.names[number]
+    rows = {}
+    labelled = [number for number, label in enumerate(labels) if label]
+    for number in sorted(labelled, key=merit, reverse=True):
         row = dict(zip(("kind", "label", "precision", "recall", "f1"), labels[number]))
-        rows.append({"code": str(code), **row})
-        listed[code.site, row["kind"]] += 1
-        left = [other for other in left if labels[other][:2] != labels[number][:2]]
-    return rows
+        code = str(recording.names[number])
+        rows.setdefault((row["kind"], row["label"]), {"code": code, **row})
+    return list(rows.values())[:most]
 
 
 def draw(result, points):
@@ -118,7 +105,6 @@ def draw(result, points):
         svg = figures.bars(
             list(rows),
             series,
-            horizontal=True,
             cover=(0, 1),
             title="Steering by topic",
             x="share of texts that mention the topic",
@@ -139,7 +125,6 @@ def in_words(control):
         **sites,
         "random_code": "random codes",
         "wrong_state": "codes of a wrong state",
-        "shuffled": "codes shuffled between pairs",
         "none": "no codes (left alone)",
         "mean_difference": "dense model, mean difference",
     }
@@ -157,7 +142,6 @@ def draw_control(control):
         list(words.values()),
         series,
         errors,
-        horizontal=True,
         cover=(0, 1),
         title="Made to act as if in state b, by what is forced",
         x="share of next states that follow b",
