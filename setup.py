@@ -20,5 +20,5 @@ setup(
     },
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "ninja", "numpy", "tqdm"],
-    extras_require={"test": ["pytest"], "dev": ["pytest", "ruff"]},
+    extras_require={"dev": ["pytest", "ruff~=0.17.6"]},
 )

@@ -46,35 +46,33 @@ def default_run(tmp_path_factory):
 NUMBER = re.compile(r"-?\d+\.?\d*")
 
 
-def assert_alike(printed, expected):
-    """The same text, and numbers that differ by no more than another processor's rounding can change in training."""
+def assert_alike(printed, expected, tolerance):
+    """The same text, and numbers that differ by no more than that; whole ones not at all."""
     assert NUMBER.sub("#", printed) == NUMBER.sub("#", expected)
     for got, wanted in zip(NUMBER.findall(printed), NUMBER.findall(expected)):
-        tolerance = 0.15 if "." in wanted else 0
-        assert abs(float(got) - float(wanted)) <= tolerance, (got, wanted, printed)
+        most = tolerance if "." in wanted else 0
+        assert abs(float(got) - float(wanted)) <= most, (got, wanted, printed)
 
 
-@pytest.mark.parametrize("name", ["README.md", "tutorial.md"])
+# In the tutorial another processor's rounding may change what training comes to; the README's run
+# takes too long for a test, so that of its figures only the form is compared.
+@pytest.mark.parametrize("name, tolerance", [("README.md", 1), ("tutorial.md", 0.15)])
 def test_python_blocks_run_in_order_and_print_what_stands_below(
-    name, default_run, tmp_path, monkeypatch, capsys
+    name, tolerance, default_run, tmp_path, monkeypatch, capsys
 ):
     shutil.copytree(default_run, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     namespace = {}
-    pairs = re.findall(
-        r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```)?",
-        (ROOT / name).read_text(),
-        flags=re.M | re.S,
-    )
+    block_and_output = r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```)?"
+    pairs = re.findall(block_and_output, (ROOT / name).read_text(), flags=re.M | re.S)
     assert pairs
     for block, expected in pairs:
         capsys.readouterr()
         exec(compile(block, name, "exec"), namespace)
-        lines = expected.splitlines()
-        if lines:  # what a training command prints before is left out
-            assert_alike(
-                "\n".join(capsys.readouterr().out.splitlines()[-len(lines) :]), "\n".join(lines)
-            )
+        n_lines = len(expected.splitlines())
+        if n_lines:  # what a training command prints before is left out
+            printed = capsys.readouterr().out.splitlines(keepends=True)
+            assert_alike("".join(printed[-n_lines:]), expected, tolerance)
 
 
 COMMANDS = {  # how each is cut short
@@ -88,7 +86,7 @@ COMMANDS = {  # how each is cut short
 
 @pytest.mark.parametrize("name", ["README.md", "tutorial.md"])
 def test_commands_are_accepted(name, default_run, tmp_path, monkeypatch):
-    """Each command as it stands, but training is cut short and goes elsewhere, and measures are of little."""
+    """Each command as it stands; but training is cut short and goes elsewhere."""
     monkeypatch.setattr(topics, "N_SEQUENCES", 8)
     monkeypatch.setattr(topics, "steering_table", lambda *args: STEERING)
     monkeypatch.setattr(
@@ -96,13 +94,8 @@ def test_commands_are_accepted(name, default_run, tmp_path, monkeypatch):
     )
     shutil.copytree(default_run, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    lines = [line for block in blocks(name, "sh") for line in block.splitlines()]
-    commands = [
-        command.strip()
-        for line in lines
-        for command in line.split("&&")
-        if command.strip().startswith("python -m minicode.")
-    ]
+    lines = "\n".join(blocks(name, "sh")).replace("&&", "\n").splitlines()
+    commands = [line.strip() for line in lines if line.strip().startswith("python -m minicode.")]
     assert commands
     for i, command in enumerate(dict.fromkeys(commands)):
         _, _, module, *flags = shlex.split(command, comments=True)
@@ -118,23 +111,27 @@ def test_pictures_are_there_small_and_described():
         pictures = re.findall(r'<img src="(assets/\w+\.svg)" width="\d+" alt="([^"]{40,})">', text)
         assert len(pictures) == text.count("<img ") >= 1
         for path, _ in pictures:
-            assert (ROOT / path).stat().st_size < 120_000 and "prefers-color-scheme:dark" in (
-                ROOT / path
-            ).read_text()
+            picture = (ROOT / path).read_text()
+            assert len(picture) < 120_000
+            assert "prefers-color-scheme:dark" in picture
+
+
+def anchors(text):
+    """Of the headings of a page, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.*)$", text, flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
 def test_links_lead_somewhere():
-    for name in ("README.md", "tutorial.md"):
+    for name in ("README.md", "tutorial.md", "csrc/README.md"):
         for target in re.findall(r"\]\(([^)]+)\)", (ROOT / name).read_text()):
             path, _, anchor = target.partition("#")
             if path.startswith("http"):
                 continue
-            assert (ROOT / (path or name)).exists(), target
+            there = (ROOT / name).parent / path if path else ROOT / name
+            assert there.exists(), target
             if anchor:
-                heads = re.findall(r"^#+ (.*)$", (ROOT / (path or name)).read_text(), flags=re.M)
-                assert anchor in {
-                    re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads
-                }, target
+                assert anchor in anchors(there.read_text()), target
 
 
 def test_set_up_and_test_commands_are_there():
