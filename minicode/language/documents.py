@@ -44,22 +44,16 @@ def read_documents(paths):
 
 
 def list_files(paths):
-    """The files that are named, and those in the folders that are, hidden ones left out."""
+    """The files that are named, and those in folders that are, but for hidden and empty ones."""
     files = []
     for path in map(Path, paths):
         if not path.exists():
             raise ValueError(f"there is no file or folder {path}")
-        if path.is_dir():
-            for inside in sorted(path.rglob("*")):
-                parts = inside.relative_to(path).parts
-                hidden = any(part.startswith(".") for part in parts)
-                if inside.is_file() and not hidden:
-                    files.append(inside)
-        else:
-            files.append(path)
-    files = [path for path in files if path.stat().st_size]
-    if not files:
-        raise ValueError(f"{' '.join(map(str, paths))}: there is no text, not a byte")
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            parts = file.relative_to(path).parts
+            hidden = any(part.startswith(".") for part in parts)
+            if file.is_file() and file.stat().st_size and not hidden:
+                files.append(file)
     return files
 
 

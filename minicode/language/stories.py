@@ -24,7 +24,7 @@ class Stories:
         self.moods = []  # lines and ends of each
         self.topics = {}  # of each its words, beginnings, lines and ends
         self.mention = {}  # of each topic the pattern that mentions it
-        others = {}
+        self.lines = {}  # what else there is, such as openings
         for title, body in SECTION.findall(grammar):
             parts = [part.split("\n") for part in re.split(r"\n\n+", body.strip())]
             kind, _, name = title.partition(" ")
@@ -36,13 +36,10 @@ class Stories:
                 self.topics[topic] = (read_words(words), *sentences)
                 self.mention[topic] = re.compile(rf"\b({pattern})\b", re.I)
             else:
-                others[kind] = parts[0]
-        self.words = read_words(others["words"])
-        self.openings = others["opening"]
-        self.about = others["about"]
-        self.shared = others["shared"]
+                self.lines[kind] = parts[0]
+        self.words = read_words(self.lines["words"])
         self.people = []  # (name, [kind, he, him, his])
-        for line in others["characters"]:
+        for line in self.lines["characters"]:
             kind, names = line.split(": ")
             self.people += [(name, kind.split()) for name in names.split()]
 
@@ -71,10 +68,10 @@ class Stories:
         n_topics = 2 if rng.random() < 1 / 8 else 1
         topics = rng.sample(list(self.topics), n_topics)
         mood, mood_ends = rng.choice(self.moods)
-        opening = rng.choice(self.openings)
-        about = rng.sample(self.about, rng.choice((0, 1, 1, 2)))
+        opening = rng.choice(self.lines["opening"])
+        about = rng.sample(self.lines["about"], rng.choice((0, 1, 1, 2)))
         plan = [(pattern, None) for pattern in (opening, *about)]
-        others = iter(rng.sample(self.shared, 4) + rng.sample(mood, 4))
+        others = iter(rng.sample(self.lines["shared"], 4) + rng.sample(mood, 4))
         for topic in topics:
             _, beginnings, own, ends = self.topics[topic]
             lines = rng.sample(own, rng.randint(3, 5))
@@ -94,7 +91,7 @@ def fill(pattern, words, rng):
         if choices:
             return fill(rng.choice(choices.split("|")), words, rng)
         name = slot.lower()
-        if len(words[name]) > 1 or "{" in words[name][0]:
+        if len(words[name]) > 1:
             drawn = rng.choice(words[name])
             words[name] = [fill(drawn, words, rng)]
         word = words[name][0]

@@ -15,7 +15,8 @@ import torch
 from minicode.language.documents import HELD_OUT, read_documents
 from minicode.language.stories import stories
 from minicode.language.tokenizer import PIECES, SEPARATOR, Tokenizer, to_bytes
-from minicode.runtime.options import option
+from minicode.runtime.files import reading
+from minicode.runtime.options import check_options, option
 
 N_STORIES = 4000  # that the vocabulary is counted on
 N_WORDS = 200  # frequent words that codes may stand for
@@ -39,7 +40,9 @@ class Text:
         "files or folders of UTF-8 text; without: stories, made on the spot",
         {"nargs": "+", "metavar": "FILE"},
     )
-    vocab: int = option(2048, "tokens in the vocabulary, at most: 257, and the most frequent words")
+    vocab: int = option(
+        2048, "tokens in the vocabulary, at most: 257, and the most frequent words", least=257
+    )
     pieces: list | None = option(None, "those words", flag=False)
     fingerprint: str = option("", "hash of the text", flag=False)
     n_tokens: list | None = option(None, "tokens to train on, and held out", flag=False)
@@ -48,8 +51,7 @@ class Text:
     )
 
     def __post_init__(self):
-        if self.vocab <= SEPARATOR:
-            raise ValueError(f"vocab must be at least {SEPARATOR + 1}, not {self.vocab}")
+        check_options(self)
         self.data = [str(path) for path in self.data] if self.data else None
         if self.pieces is None:
             self._count()
@@ -143,31 +145,26 @@ class Text:
             return
         path = folder / self.tokens_file
         n_train, n_held_out = self.n_tokens
-        size = (n_train + n_held_out) * self.dtype.itemsize
-        if not path.is_file() or path.stat().st_size != size:
-            wanted = f"the {n_train + n_held_out} tokens of {folder / self.file}"
-            raise ValueError(f"{path} is damaged: it does not hold {wanted}")
-        tokens = np.memmap(path, self.dtype, mode="r")
-        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
-            beyond = f"there are tokens in it beyond the vocabulary of {self.vocab_size}"
-            raise ValueError(f"{path} is damaged: {beyond}")
+        with reading(path):
+            tokens = np.memmap(path, self.dtype, mode="r")
+            if len(tokens) != n_train + n_held_out:
+                raise ValueError(f"it does not hold the tokens of {self.file}")
+            if tokens.min() < 0 or tokens.max() >= self.vocab_size:
+                raise ValueError(f"it has tokens beyond the vocabulary of {self.vocab_size}")
         self.parts = tokens[:n_train], tokens[n_train:]
 
     @classmethod
     def from_json(cls, data):
         """The text of `files`. Every value is checked: the user's files are not read again."""
-        words = data["pieces"]
-        numbers = [data["vocab"], *data["n_tokens"]]
-        strings = [data["fingerprint"], *words, *(data["data"] or [])]
-        if (
-            not all(type(string) is str for string in strings)
-            or not all(type(number) is int and number >= 0 for number in numbers)
-            or not math.isfinite(data["loss_unigram"])
-            or len(numbers) != 3
-            or len(set(words)) != len(words)
-        ):
-            wanted = "different strings, and its numbers finite, and whole but for the loss"
-            raise ValueError(f"its words must be {wanted}")
+        n_train, n_held_out = data["n_tokens"]
+        strings = [data["fingerprint"], *data["pieces"], *(data["data"] or [])]
+        numbers = [data["vocab"], n_train, n_held_out]
+        if {type(string) for string in strings} != {str}:
+            raise ValueError("its words must be strings")
+        if {type(number) for number in numbers} != {int} or min(numbers) < 0:
+            raise ValueError("its numbers must be whole")
+        if not math.isfinite(data["loss_unigram"]):
+            raise ValueError("its loss must be finite")
         return cls(**data)
 
     # -- what is trained on, and what is not
@@ -193,8 +190,8 @@ class Text:
         for label, word in enumerate(words):
             label_of[self.tokenizer.ids[word]] = label
         here = label_of[tokens]
-        before = np.full_like(here, -1)
-        before[:, 1:] = here[:, :-1]
+        before = np.roll(here, 1, axis=1)
+        before[:, 0] = -1
         kinds = {} if self.data else {"topic": (topics, self.topics)}
         return tokens, {**kinds, "word": (here, names), "after": (before, names)}
 
@@ -219,7 +216,7 @@ class Text:
                 tokens += new
                 labels += [self.topics.index(topic) if topic else -1] * len(new)
                 space = " "
-        shape = (n, length)
+        shape = (n, length)  # what is more is cut off
         return np.resize(tokens, shape), np.resize(labels, shape)
 
     # -- for people

@@ -85,16 +85,15 @@ def near(rows, pattern):
 
 def expand(run, text):
     """The codes that a --force-code means: itself, or those of topic:NAME or word:WORD."""
-    kind, colon, name = text.partition(":")
-    if not colon:
+    kind, _, name = text.partition(":")
+    if kind not in ("topic", "word"):
         return [text]
-    if not run.tokenizer or kind not in ("topic", "word"):
-        raise ValueError(f"{text!r} is no code; on a run of text, topic:NAME and word:WORD are too")
+    if not run.tokenizer:
+        raise ValueError(f"{text}: only a run on text has topics and words")
     topics = run.data.topics
     if kind == "topic" and name not in topics:
-        own_text = "your own text has none: try word:"
-        there_are = f"there are {', '.join(topics)}" if topics else own_text
-        raise ValueError(f"there is no topic {name!r}; {there_are}")
+        there_are = ", ".join(topics) or "none of your own text: try word:"
+        raise ValueError(f"there is no topic {name!r}; there are {there_are}")
     run.sites()
     table = run.folder / "steering.json"
     if kind == "topic" and table.exists():
@@ -136,20 +135,20 @@ def generate(run, prompt, codes, n_samples, seed, max_new_tokens):
     generator = torch.Generator(model.device).manual_seed(seed)
     with force(model, codes, GENERATED):
         tokens = model.generate(tokens, n_new, generator=generator)
-    texts = [run.data.tokenizer.decode(row) for row in tokens[:, start:].tolist()]
+    texts = [run.tokenizer.decode(row) for row in tokens[:, start:].tolist()]
     return texts, perplexity_of(run.dense or model, tokens, start)
 
 
 def random_others(model, codes, rng):
     """As many random codes of each head as there are in `codes`, but none of these."""
-    codebooks = model.codebooks()
-    own = [Code.parse(code, model) for code in codes]
     others = []
-    for code in own:
-        every = [replace(code, id=i) for i in range(codebooks[code.site].n_codes)]
-        free = [other for other in every if other not in own + others]
+    for text in codes:
+        code = Code.parse(text, model)
+        n_codes = model.codebooks()[code.site].n_codes
+        every = [str(replace(code, id=i)) for i in range(n_codes)]
+        free = [other for other in every if other not in codes + others]
         others.append(free[rng.integers(len(free))])
-    return [str(code) for code in others]
+    return others
 
 
 def steering_table(run, recording, labels, names, n_samples=10, max_new_tokens=100, seed=0):
