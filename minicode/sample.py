@@ -3,8 +3,8 @@
 --force-code mlp.1.527       the code is active at every generated position
 --force-code mlp.1.527@4     at position 4 alone (position 0 is BOS; -1 is the prompt's last)
 --block-code mlp.1.527       the code is never chosen there; the next best takes its place
---force-code topic:dragon    all codes that were found for a topic of the stories, or word:king for a word of any text
---force-code                 alone: the demonstration. A run in one state is made to act as if in another.
+--force-code topic:dragon    all codes found for a topic of the stories, or word:king for a word
+--force-code                 alone: the demonstration. A run in one state acts as if in another.
 """
 
 import json
@@ -14,102 +14,123 @@ from pathlib import Path
 import torch
 
 from minicode.control import GENERATED, block, force
-from minicode.language.topics import expand
+from minicode.language.topics import count_mentions, expand
 from minicode.runtime.options import Parser
 from minicode.runtime.runs import latest_run, load_run
-from minicode.study.demonstration import demonstrate, describe
+from minicode.study import demonstration
+
+LEAST = {"num_samples": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 1, "seed": 0}
 
 
 def main(argv=None):
-    parser = Parser("sample", __doc__)
-    parser.add_argument("--run", type=Path, help="folder of the run (default: the newest in runs/)")
-    parser.add_argument(
-        "--prompt",
-        help="states to start from, as digits: 38, or 38 07; or a text (default: none; the demonstration: any)",
-    )
-    parser.add_argument("--num-samples", type=int, default=5, help="(default: 5)")
-    parser.add_argument(
-        "--max-new-tokens",
-        type=int,
-        help="tokens to sample (default: 24 digits, 100 tokens of text, or what the block has room for; the demonstration: 6 states)",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=1.0,
-        help="0 takes the most probable token (default: 1)",
-    )
-    parser.add_argument(
-        "--top-k", type=int, help="sample from the k most probable tokens only (default: from all)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    parser.add_argument(
-        "--force-code", action="append", nargs="?", const="", default=[], metavar="CODE"
-    )
-    parser.add_argument("--block-code", action="append", default=[], metavar="CODE")
-    parser.add_argument(
-        "--list-topics",
-        action="store_true",
-        help="the topics of a run on stories, for --force-code topic:NAME",
-    )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser = make_parser()
     args = parser.parse_args(argv)
-    demonstration = "" in args.force_code
     with parser.user_errors():
         run = load_run(args.run or latest_run())
-        if args.list_topics:
-            print(
-                "\n".join(getattr(run.data, "topics", []))
-                or f"the run in {run.folder} has no topics"
-            )
-            return
-        if demonstration and (len(args.force_code) > 1 or args.block_code):
-            raise ValueError(
-                "a bare --force-code is the demonstration, and goes with no other code"
-            )
-        for name, least in (
-            ("num_samples", 1),
-            ("temperature", 0),
-            ("top_k", 1),
-            ("max_new_tokens", 1),
-        ):
-            if (value := getattr(args, name)) is not None and not value >= least:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} must be at least {least}, not {value}"
-                )
-        result = demonstrate(run, args) if demonstration else sample(run, args)
+        check(args)
+        if "" in args.force_code:
+            result = demonstration.demonstrate(run, args)
+            text = demonstration.describe(run.fsm, result)
+        else:
+            result = sample(run, args)
+            text = describe(run, result)
     if not args.run:
         print(f"of the newest run, {run.folder}:", file=sys.stderr)
-    text = describe(run.fsm, result) if demonstration else run.data.between.join(result["samples"])
-    if "samples_free" in result and not demonstration:
-        text = f"left alone:\n\n{run.data.between.join(result['samples_free'])}\n\n\n{args.force_code[0]} forced:\n\n{text}"
     print(json.dumps(result) if args.json else text)
 
 
-def sample(run, args):
-    """Samples, with codes forced and blocked."""
-    forced = [code for text in args.force_code for code in expand(run, text)]
-    prompt = run.data.prompt(args.prompt or "")
-    n_new = args.max_new_tokens or max(
-        1, min(run.data.sample_length, run.config.block_size + 1 - prompt.shape[1])
+def make_parser():
+    parser = Parser("sample", __doc__)
+    flag = parser.add_argument
+    flag("--run", type=Path, help="folder of the run (default: the newest in runs/)")
+    flag(
+        "--prompt",
+        help="states to start from, as digits: 38, or 38 07; or a text "
+        "(default: none; the demonstration: any)",
     )
+    flag("--num-samples", type=int, default=5, help="(default: 5)")
+    flag(
+        "--max-new-tokens",
+        type=int,
+        help="tokens to sample (default: 24 digits, 100 tokens of text, or what the block has "
+        "room for; the demonstration: 6 states)",
+    )
+    flag("--temperature", type=float, default=1.0, help="0: the most probable token (default: 1)")
+    flag("--top-k", type=int, help="sample from the k most probable tokens only (default: all)")
+    flag("--seed", type=int, default=0, help="(default: 0)")
+    several = {"action": "append", "default": [], "metavar": "CODE"}
+    flag(
+        "--force-code",
+        nargs="?",
+        const="",
+        help="keep a code active, or those of topic:NAME or word:WORD, as above; may be repeated",
+        **several,
+    )
+    flag("--block-code", help="never choose this code, as above; may be repeated", **several)
+    flag("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def check(args):
+    """ValueError for flags out of range, or that don't go together."""
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} must be at least {least}, not {value}")
+    if args.seed >= 2**63:
+        raise ValueError(f"--seed must be below 2**63, not {args.seed}")
+    if "" in args.force_code and len(args.force_code + args.block_code) > 1:
+        raise ValueError("a bare --force-code is the demonstration, and goes with no other code")
+
+
+def sample(run, args):
+    """Samples, with codes forced and blocked; with topics or words, samples left alone too."""
+    forced = [code for text in args.force_code for code in expand(run, text)]
+    named = [text for text in args.force_code if ":" in text]  # topics and words
+    prompt = run.data.prompt(args.prompt or "")
+    given = len(run.data.show(prompt[0]))  # characters; what they mention does not count
+    room = run.config.block_size + 1 - prompt.shape[1]
+    n_new = args.max_new_tokens or max(1, min(run.data.sample_length, room))
 
     def generate(codes, blocked):
-        generator, many = (
-            torch.Generator().manual_seed(args.seed),
-            prompt.repeat(args.num_samples, 1),
-        )
+        """Samples, and how many of them mention what is named."""
+        generator = torch.Generator().manual_seed(args.seed)
+        tokens = prompt.repeat(args.num_samples, 1)
         with force(run.model, codes, GENERATED), block(run.model, blocked, GENERATED):
-            tokens = run.model.generate(many, n_new, args.temperature, args.top_k, generator)
-        return [run.data.show(row) for row in tokens.numpy()]
+            tokens = run.model.generate(tokens, n_new, args.temperature, args.top_k, generator)
+        samples = [run.data.show(row) for row in tokens.numpy()]
+        new = [text[given:] for text in samples]
+        return samples, {name: count_mentions(name, new) for name in named}
 
+    samples, mentions = generate(forced, args.block_code)
     result = {
         "prompt": args.prompt or "",
-        "samples": generate(forced, args.block_code),
+        "samples": samples,
         "forced": forced,
         "blocked": args.block_code,
     }
-    return result if forced == args.force_code else {**result, "samples_free": generate([], [])}
+    if named:
+        result["mentions"] = mentions
+        result["samples_free"], result["mentions_free"] = generate([], [])
+    return result
+
+
+def describe(run, result):
+    """Samples for people; where topics or words were forced, after those left alone."""
+    samples = run.data.between.join(result["samples"])
+    if "mentions" not in result:
+        return samples
+    free = run.data.between.join(result["samples_free"])
+    names = " ".join(result["mentions"])
+    text = f"left alone:\n\n{free}\n\n\n{names} forced:\n\n{samples}\n\n\n"
+    text += f"forced: {' '.join(result['forced'])}"
+    of = f"of {len(result['samples'])}"
+    for name, n_free in result["mentions_free"].items():
+        n_forced = result["mentions"][name]
+        word = name.split(":", 1)[1]
+        text += f"\nmentions {word}: {n_free} {of} left alone, {n_forced} {of} forced"
+    return text
 
 
 if __name__ == "__main__":

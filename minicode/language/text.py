@@ -1,10 +1,4 @@
-"""Language: little stories made on the spot, whose topics are known, or the user's own text; and the tokenizer.
-
-A token is a piece of text, most often a word with the space before it, or one byte of a piece that the vocabulary
-does not hold. So nothing is lost: decode(encode(s)) == s. Between two documents stands a token of its own:
-
-    SEPARATOR Once _upon _a _time , ... SEPARATOR There _was _once ...      (_ is a space)
-"""
+"""Language: stories made on the spot, whose topics are known, or the user's own text."""
 
 import codecs
 import hashlib
@@ -17,32 +11,26 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from minicode.language.documents import HELD_OUT, read_documents
 from minicode.language.stories import stories
-from minicode.language.tokenizer import (
-    PIECES,
-    SEPARATOR,
-    Tokenizer,
-    decode_utf8,
-    list_files,
-    split_file,
-    to_bytes,
-)
-from minicode.runtime.options import option
+from minicode.language.tokenizer import PIECES, SEPARATOR, Tokenizer, to_bytes
+from minicode.runtime.files import reading
+from minicode.runtime.options import check_options, option
 
+N_STORIES = 4000  # that the vocabulary is counted on
 N_WORDS = 200  # frequent words that codes may stand for
-HELD_OUT = (
-    10  # one in so many: stories with a number that it divides, or the last part of the user's text
-)
 
 
 @dataclass(eq=False)
 class Text:
-    """What a model of language is trained on. With no `data` it is stories. The rest follows from the text."""
+    """What a model of language is trained on: stories, or what is in `data`.
 
-    file: ClassVar = "text.json"  # its name in a run's folder, and that of the tokens of the user's own text beside it
-    tokens_file: ClassVar = "tokens.bin"
+    The other fields follow from the text, and are counted where they are not given.
+    """
+
+    file: ClassVar = "text.json"  # its name in a run's folder
+    tokens_file: ClassVar = "tokens.bin"  # and that of the tokens of the user's own text
     least_block: ClassVar = 2
     sample_length: ClassVar = 100
     group: ClassVar = 0  # tokens that make one word; 0: each token has its own spaces
@@ -52,134 +40,132 @@ class Text:
         "files or folders of UTF-8 text; without: stories, made on the spot",
         {"nargs": "+", "metavar": "FILE"},
     )
-    vocab: int = option(2048, "tokens in the vocabulary, at most: 257, and the most frequent words")
+    vocab: int = option(
+        2048, "tokens in the vocabulary, at most: 257, and the most frequent words", least=257
+    )
     pieces: list | None = option(None, "those words", flag=False)
-    fingerprint: str = option("", "hash of the text, or of the grammar of the stories", flag=False)
+    fingerprint: str = option("", "hash of the text", flag=False)
     n_tokens: list | None = option(None, "tokens to train on, and held out", flag=False)
     loss_unigram: float = option(
         0.0, "loss on held-out text when only each token's frequency is known", flag=False
     )
 
     def __post_init__(self):
-        if self.vocab <= SEPARATOR:
-            raise ValueError(f"vocab must be at least {SEPARATOR + 1}, not {self.vocab}")
+        check_options(self)
         self.data = [str(path) for path in self.data] if self.data else None
         if self.pieces is None:
             self._count()
         self.tokenizer = Tokenizer(self.pieces)
         self.vocab_size = self.tokenizer.vocab_size
-        self.vocabulary = [
-            self.show([SEPARATOR, token]) for token in range(self.vocab_size)
-        ]  # the text of each token
-        self.most_block = math.inf if self.data is None else min(self.n_tokens) - 1
-        self.detected = (
-            ("word", "after") if self.data else ("topic",)
-        )  # what codes are compared with neurons on
-        self.topics = [] if self.data else list(stories().topics)
+        self.vocabulary = [self.show([SEPARATOR, token]) for token in range(self.vocab_size)]
+        if self.data:
+            self.most_block = min(self.n_tokens) - 1
+            self.detected = ("word", "after")  # what codes are compared with neurons on
+            self.topics = []
+        else:
+            self.most_block = math.inf
+            self.detected = ("topic",)
+            self.topics = list(stories().topics)
 
     def __str__(self):
-        about = (
-            f"stories on {len(self.topics)} topics"
-            if self.data is None
-            else f"{sum(self.n_tokens):,} tokens of your own text"
-        )
+        if self.data:
+            about = f"{sum(self.n_tokens):,} tokens of your own text"
+        else:
+            about = f"stories on {len(self.topics)} topics"
         return f"{about}, a vocabulary of {self.vocab_size}"
 
     def __eq__(self, other):
-        return isinstance(other, Text) and (self.fingerprint, self.pieces) == (
-            other.fingerprint,
-            other.pieces,
-        )
+        if not isinstance(other, Text):
+            return False
+        return self.fingerprint == other.fingerprint and self.pieces == other.pieces
+
+    # -- read once, before the training
+
+    def _documents(self):
+        """(text, whether it is held out) of each document of the user, or of the first stories."""
+        if self.data:
+            yield from read_documents(self.data)
+            return
+        for number in range(N_STORIES):
+            sentences = [sentence for sentence, _ in stories().story(number)]
+            yield " ".join(sentences), number % HELD_OUT == 0
 
     def _count(self):
-        """Reads the text once: the vocabulary by frequency in the training part, and the figures that follow."""
-        counts, n_documents, digest = (
-            (Counter(), Counter()),
-            [0, 0],
-            hashlib.blake2b(digest_size=16),
-        )
+        """The vocabulary, by frequency in the part to train on, and the figures that follow."""
+        counts = Counter(), Counter()  # of pieces, to train on and held out
+        n_documents = [0, 0]
+        digest = hashlib.blake2b(digest_size=16)
         for text, held_out in self._documents():
             counts[held_out].update(PIECES.findall(text))
             n_documents[held_out] += 1
             digest.update(text.encode())
         self.fingerprint = digest.hexdigest()
-        often = sorted(
+
+        frequent = [
             (-n, piece) for piece, n in counts[0].items() if n > 1 and len(to_bytes(piece)) > 1
-        )
-        self.pieces = [piece for _, piece in often[: self.vocab - SEPARATOR - 1]]
+        ]
+        n_pieces = self.vocab - SEPARATOR - 1
+        self.pieces = [piece for _, piece in sorted(frequent)[:n_pieces]]
+
         tokenizer = Tokenizer(self.pieces)
         used = np.zeros((2, tokenizer.vocab_size))
+        used[:, SEPARATOR] = n_documents
         for part in range(2):
-            used[part, SEPARATOR] = n_documents[part]
             for piece, n in counts[part].items():
                 np.add.at(used[part], tokenizer.encode(piece), n)
         self.n_tokens = [int(n) for n in used.sum(1)]
         if min(self.n_tokens) < 2:
-            raise ValueError(
-                f"{' '.join(self.data)}: too little text: {self.n_tokens[0]} tokens to train on, {self.n_tokens[1]} held out"
-            )
-        p = (used[0] + 1) / (used[0] + 1).sum()
-        self.loss_unigram = float(-(used[1] * np.log(p)).sum() / used[1].sum())
+            n_train, n_held_out = self.n_tokens
+            found = f"{n_train} tokens to train on, {n_held_out} held out"
+            raise ValueError(f"{' '.join(self.data)}: too little text: {found}")
 
-    def _documents(self):
-        """(text, whether it is held out) of each document: the first stories, or the user's text from start to end.
+        train, held_out = used
+        p = (train + 1) / (train + 1).sum()
+        self.loss_unigram = float(-(held_out * np.log(p)).sum() / held_out.sum())
 
-        Of the user's text the last tenth is held out, but for what stands in the part before it, word for word.
-        """
-        if self.data is None:
-            for number in range(4000):
-                yield (
-                    " ".join(sentence for sentence, _ in stories().story(number)),
-                    number % HELD_OUT == 0,
-                )
-            return
-        paths = list_files(self.data)
-        total, before, seen = sum(path.stat().st_size for path in paths), 0, set()
-        with tqdm(
-            total=total, unit="B", unit_scale=True, desc="reading", leave=False, disable=None
-        ) as bar:
-            for path in paths:
-                for offset, content in split_file(path):
-                    text, end = decode_utf8(path, offset, content), before + offset + len(content)
-                    bar.update(end - bar.n)
-                    held_out, known = end > total * (1 - 1 / HELD_OUT), hash(content.strip())
-                    if not held_out:
-                        seen.add(known)
-                    if text.strip() and not (held_out and known in seen):
-                        yield text, held_out
-                before += path.stat().st_size
+    # -- files
 
-    dtype = property(
-        lambda self: np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<i4")
-    )  # of the tokens in their file
+    @property
+    def dtype(self):
+        """Of the tokens in their file."""
+        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<i4")
 
     def files(self):
-        """What a run's folder keeps of the data, by file: the tokens of the user's own text, and all else as JSON."""
-        files = {self.file: json.dumps(asdict(self))}
-        if self.data:
-            tokens = (
-                token
-                for text, _ in self._documents()
-                for token in (*self.tokenizer.encode(text), SEPARATOR)
-            )
-            files = {self.tokens_file: np.fromiter(tokens, self.dtype), **files}
-        return files
+        """What a run's folder keeps: the tokens of the user's own text, and all else as JSON."""
+        about = {self.file: json.dumps(asdict(self))}
+        if not self.data:
+            return about
+        encode = self.tokenizer.encode
+        tokens = (token for text, _ in self._documents() for token in (*encode(text), SEPARATOR))
+        return {self.tokens_file: np.fromiter(tokens, self.dtype), **about}
 
     def settle(self, folder):
         """Finds the tokens of the user's own text in a run's folder, memory-mapped."""
-        if self.data is None:
+        if not self.data:
             return
         path = folder / self.tokens_file
-        if not path.is_file() or path.stat().st_size != sum(self.n_tokens) * self.dtype.itemsize:
-            raise ValueError(
-                f"{path} is damaged: it does not hold the {sum(self.n_tokens)} tokens of {folder / self.file}"
-            )
-        tokens = np.memmap(path, self.dtype, mode="r")
-        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
-            raise ValueError(
-                f"{path} is damaged: there are tokens in it beyond the vocabulary of {self.vocab_size}"
-            )
-        self.parts = tokens[: self.n_tokens[0]], tokens[self.n_tokens[0] :]
+        n_train, n_held_out = self.n_tokens
+        with reading(path):
+            tokens = np.memmap(path, self.dtype, mode="r")
+            if len(tokens) != n_train + n_held_out:
+                raise ValueError(f"it does not hold the tokens of {self.file}")
+            if tokens.min() < 0 or tokens.max() >= self.vocab_size:
+                raise ValueError(f"it has tokens beyond the vocabulary of {self.vocab_size}")
+        self.parts = tokens[:n_train], tokens[n_train:]
+
+    @classmethod
+    def from_json(cls, data):
+        """The text of `files`. Every value is checked: the user's files are not read again."""
+        n_train, n_held_out = data["n_tokens"]
+        strings = [data["fingerprint"], *data["pieces"], *(data["data"] or [])]
+        numbers = [data["vocab"], n_train, n_held_out]
+        if {type(string) for string in strings} != {str}:
+            raise ValueError("its words must be strings")
+        if {type(number) for number in numbers} != {int} or min(numbers) < 0:
+            raise ValueError("its numbers must be whole")
+        if not math.isfinite(data["loss_unigram"]):
+            raise ValueError("its loss must be finite")
+        return cls(**data)
 
     # -- what is trained on, and what is not
 
@@ -192,50 +178,48 @@ class Text:
         return self._windows(rng, n, length, held_out=True)[0]
 
     def labelled(self, rng, n, length):
-        """Held-out windows (n, length), and what is known of each position: {kind: (labels (n, length), -1 for none, names)}.
+        """Held-out windows (n, length), and {kind: (labels (n, length), names)}, -1 for no label.
 
-        topic: of stories, the one that came in last, from that sentence on. word: the frequent word that stands there;
-        after: the one before it.
+        topic: of stories, the one that came in last, from that sentence on. word: the frequent word
+        that stands there; after: the one before it.
         """
-        tokens, labels = self._windows(rng, n, length, held_out=True)
-        words = [i for i, piece in enumerate(self.tokenizer.pieces) if re.search(r"\w", piece)][
-            :N_WORDS
-        ]
-        number = np.full(self.vocab_size, -1)
-        number[np.array(words, dtype=int) + SEPARATOR + 1] = np.arange(len(words))
-        here, names = number[tokens], [self.tokenizer.pieces[i].strip() for i in words]
-        before = np.concatenate((np.full((n, 1), -1), here[:, :-1]), axis=1)
-        kinds = {"word": (here, names), "after": (before, names)}
-        return tokens, kinds if self.data else {"topic": (labels, self.topics), **kinds}
+        tokens, topics = self._windows(rng, n, length, held_out=True)
+        words = [piece for piece in self.pieces if re.search(r"\w", piece)][:N_WORDS]
+        names = [word.strip() for word in words]
+        label_of = np.full(self.vocab_size, -1)
+        for label, word in enumerate(words):
+            label_of[self.tokenizer.ids[word]] = label
+        here = label_of[tokens]
+        before = np.roll(here, 1, axis=1)
+        before[:, 0] = -1
+        kinds = {} if self.data else {"topic": (topics, self.topics)}
+        return tokens, {**kinds, "word": (here, names), "after": (before, names)}
 
     def _windows(self, rng, n, length, held_out):
+        """Windows, and the topic at each position (None for the user's own text): (n, length)."""
         if self.data:
             part = self.parts[held_out]
             starts = rng.integers(len(part) - length + 1, size=n)
-            return np.stack([part[start : start + length] for start in starts]).astype(
-                np.int64
-            ), None
-        tokens, labels = (
-            [],
-            [],
-        )  # of one story after the other; each window goes on where the last one ended
+            windows = [part[start : start + length] for start in starts]
+            return np.stack(windows).astype(np.int64), None
+        tokens = []  # one story after the other: a window goes on where the last one ended
+        labels = []
         while len(tokens) < n * length:
-            number = HELD_OUT * int(rng.integers(1 << 48)) + (
-                0 if held_out else int(rng.integers(1, HELD_OUT))
-            )
+            number = HELD_OUT * int(rng.integers(1 << 48))
+            if not held_out:
+                number += int(rng.integers(1, HELD_OUT))
             tokens.append(SEPARATOR)
             labels.append(-1)
-            for i, (sentence, topic) in enumerate(stories().story(number)):
-                new = self.tokenizer.encode(" " * (i > 0) + sentence)
+            space = ""
+            for sentence, topic in stories().story(number):
+                new = self.tokenizer.encode(space + sentence)
                 tokens += new
                 labels += [self.topics.index(topic) if topic else -1] * len(new)
-        return tuple(np.array(row[: n * length]).reshape(n, length) for row in (tokens, labels))
+                space = " "
+        shape = (n, length)  # what is more is cut off
+        return np.resize(tokens, shape), np.resize(labels, shape)
 
-    # -- people, measures, files
-
-    def mentions(self, topic, text):
-        """Whether a text mentions a topic of the stories, in so many words."""
-        return bool(stories().mention[topic].search(text))
+    # -- for people
 
     def prompt(self, text):
         """The tokens (1, T) of the beginning of a document."""
@@ -246,36 +230,19 @@ class Text:
         return self.tokenizer.decode(tokens[1:]).encode(errors="replace").decode()
 
     def texts(self, tokens):
-        """The text of each token of tokens (n, T); a character of several tokens stands at the last of them."""
-        decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in tokens]
-        return [
-            [decoder.decode(self.tokenizer.bytes[token]) for token in row]
-            for row, decoder in zip(tokens, decoders)
-        ]
+        """The text of each token of tokens (n, T); a character of several stands at the last."""
+        texts = []
+        for row in tokens:
+            decoder = codecs.getincrementaldecoder("utf-8")("replace")
+            texts.append([decoder.decode(self.tokenizer.bytes[token]) for token in row])
+        return texts
 
     def measures(self, tokens, loss):
-        """What the loss on sequences (n, T) means in other units; every byte of the text is counted, once."""
+        """The loss on sequences (n, T) in other units; every byte of the text counts once."""
         targets = tokens[:, 1:]
-        bits = float(loss / math.log(2) * targets.size / self.tokenizer.sizes[targets].sum())
+        n_bytes = self.tokenizer.sizes[targets].sum()
         return {
             "perplexity": math.exp(loss),
-            "bits_per_byte": bits,
+            "bits_per_byte": float(loss / math.log(2) * targets.size / n_bytes),
             "loss_unigram": self.loss_unigram,
         }
-
-    @classmethod
-    def from_json(cls, data):
-        """The text of `files`. Every value is checked: the user's files are not looked for again."""
-        words, numbers = data["pieces"], [data["vocab"], *data["n_tokens"]]
-        strings = all(type(s) is str for s in (data["fingerprint"], *words, *(data["data"] or [])))
-        whole = len(numbers) == 3 and all(type(n) is int and n >= 0 for n in numbers)
-        if (
-            not strings
-            or not whole
-            or len(set(words)) != len(words)
-            or not math.isfinite(data["loss_unigram"])
-        ):
-            raise ValueError(
-                "its words must be different strings, and its numbers finite, and whole but for the loss"
-            )
-        return cls(**data)

@@ -6,91 +6,100 @@ import numpy as np
 import torch
 
 from minicode.control import Code, chosen
-from minicode.study.machine import control as measure_control
-from minicode.study.machine import copy_codes, pairs, random_codes, steer, transition_accuracy
+from minicode.study import machine
+
+LEARNT = 0.9  # transition accuracy below which a run has little to show
 
 
 def demonstrate(run, args):
     """Forces the codes of a state b in a run that is in a state a: what comes next follows b."""
-    if not run.fsm:
-        raise ValueError(
-            "a bare --force-code is the demonstration on TokFSM; on text: --force-code topic:NAME, or word:WORD"
-        )
-    fsm, model, rng = run.fsm, run.model, np.random.default_rng(args.seed)
+    fsm = run.fsm
+    if not fsm:
+        on_text = "on text: --force-code topic:NAME, or word:WORD"
+        raise ValueError(f"a bare --force-code is the demonstration on TokFSM; {on_text}")
+    model = run.model
     sites = run.sites()
+    rng = np.random.default_rng(args.seed)
     prompt = fsm.prompt((args.prompt or "").strip() or fsm.name(rng.integers(fsm.n_states)))
-    n_new = max(
-        fsm.digits,
-        args.max_new_tokens or min(6 * fsm.digits, run.config.block_size + 1 - prompt.shape[1]),
-    )
+    length = prompt.shape[1]
+    room = run.config.block_size + 1 - length
+    n_new = max(fsm.digits, args.max_new_tokens or min(6 * fsm.digits, room))
     a = fsm.decode(prompt[0, 1:].numpy())[-1]
-    shared = (fsm.transition_matrix[a] > 0) @ (
-        fsm.transition_matrix > 0
-    ).T  # successors in common with a
+    follows = fsm.transition_matrix > 0
+    shared = follows[a] @ follows.T  # whether a state has a successor in common with a
     b = rng.choice(np.flatnonzero(shared == shared.min()))
 
     generator = torch.Generator().manual_seed(args.seed)
-    many = prompt.repeat(args.num_samples, 1)
-    free = model.generate(many, n_new, args.temperature, args.top_k, generator)
-    everywhere, target = copy_codes(model, sites), np.full(len(many), b)
-    steered, _ = steer(
-        fsm, model, many, target, everywhere, generator, args.temperature, args.top_k
-    )
-    steered = model.generate(steered, n_new - fsm.digits, args.temperature, args.top_k, generator)
-    own = chosen(model, fsm.runs([b])).items()  # what a run in b chooses at its last digit
+    how = args.temperature, args.top_k
+    tokens = prompt.repeat(args.num_samples, 1)
+    free = model.generate(tokens, n_new, *how, generator)
+    target = np.full(args.num_samples, b)
+    everywhere = machine.copy_codes(model, sites)
+    tokens, _ = machine.steer(fsm, model, tokens, target, everywhere, generator, *how)
+    steered = model.generate(tokens, n_new - fsm.digits, *how, generator)
     forced = [
-        Code(site, group, int(i), prompt.shape[1] - 1)
-        for site, ids in own
-        for group, row in enumerate(ids[0])
-        for i in row
+        str(Code(site, group, number, length - 1))
+        for site, ids in chosen(model, fsm.runs([b])).items()
+        for group, own in enumerate(ids[0].tolist())
+        for number in own
     ]
-    every_a, every_b = pairs(fsm)
-    mlps = [site for site in sites if site.startswith("mlp.")]
-
-    def control(intervene):
-        return measure_control(
-            fsm, model, fsm.runs(every_a), every_b, intervene, generator.manual_seed(args.seed)
-        )["control"]
-
     return {
         "prompt": fsm.name(a),
         "state": fsm.name(b),
         "samples": [fsm.show(row) for row in steered.numpy()],
         "samples_free": [fsm.show(row) for row in free.numpy()],
-        "forced": list(map(str, forced)),
-        "control_before": control(copy_codes(model, [])),
-        "control_after": control(everywhere),
-        "control_mlp": control(copy_codes(model, mlps)) if mlps else None,
-        "control_random_codes": control(
-            copy_codes(model, sites, partial(random_codes, model, generator))
-        ),
-        "transition_accuracy": transition_accuracy(fsm, model, generator),
+        "forced": forced,
+        **controls(fsm, model, sites, generator, args.seed),
+    }
+
+
+def controls(fsm, model, sites, generator, seed):
+    """Control over all pairs of states, by what is forced; and how the model does left alone."""
+    a, b = machine.pairs(fsm)
+    mlps = [site for site in sites if site.startswith("mlp.")]
+    random_codes = partial(machine.random_codes, model, generator)
+
+    def control(sites, *change):
+        intervene = machine.copy_codes(model, sites, *change)
+        generator.manual_seed(seed)
+        return machine.control(fsm, model, fsm.runs(a), b, intervene, generator)["control"]
+
+    return {
+        "control_before": control([]),
+        "control_after": control(sites),
+        "control_mlp": control(mlps) if mlps else None,
+        "control_random_codes": control(sites, random_codes),
+        "transition_accuracy": machine.transition_accuracy(fsm, model, generator),
     }
 
 
 def describe(fsm, result):
     """The demonstration for people."""
-    a, b = result["prompt"], result["state"]
-    n_pairs, chance = len(pairs(fsm)[0]), fsm.n_edges / fsm.n_states
-    mlps = (
-        "" if result["control_mlp"] is None else f"  {result['control_mlp']:.3f}  the MLPs alone\n"
-    )
+    a = result["prompt"]
+    b = result["state"]
+    successors = " ".join(fsm.name(state) for state in fsm.successors[int(b, fsm.base)])
+    accuracy = result["transition_accuracy"]
+    warning = ""
+    if accuracy < LEARNT:
+        warning = f"\nThis run has not learnt its machine: transition accuracy {accuracy:.3f}.\n"
     width = max(map(len, result["samples_free"])) + 3
-    rows = [
-        f"{free:{width}}{forced}" for free, forced in zip(result["samples_free"], result["samples"])
-    ]
-    successors = " ".join(fsm.name(s) for s in fsm.successors[int(b, fsm.base)])
-    table = "\n".join([f"{'left alone':{width}}codes of {b} forced", *rows])
+    samples = zip(result["samples_free"], result["samples"])
+    table = "\n".join(f"{free:{width}}{forced}" for free, forced in samples)
+    n_pairs = len(machine.pairs(fsm)[0])
+    mlps = ""
+    if result["control_mlp"] is not None:
+        mlps = f"  {result['control_mlp']:.3f}  the MLPs alone\n"
     return f"""\
 A run is in state {a}. It is made to act as if in state {b}, whose successors are
   {successors}
 by forcing the codes of {b} where {a} was read (and then those of {b} and the digit sampled):
   {" ".join(result["forced"])}
-
+{warning}
+{"left alone":{width}}codes of {b} forced
 {table}
 
 Share of next states that are successors of b, over {n_pairs:,} pairs of states a, b:
-  {result["control_before"]:.3f}  nothing forced (chance: {chance:.2f})
+  {result["control_before"]:.3f}  nothing forced (chance: {fsm.n_edges / fsm.n_states:.2f})
   {result["control_after"]:.3f}  every site forced
 {mlps}  {result["control_random_codes"]:.3f}  random codes at every site
-  {result["transition_accuracy"]:.3f}  transition accuracy of the model left alone, about the most there is to reach"""
+  {accuracy:.3f}  transition accuracy of the model left alone, about the most there is to reach"""
