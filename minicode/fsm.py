@@ -203,12 +203,10 @@ class FSM:
         it changes from step to step, and a state cut off by the end are all counted as they are.
         """
         n, rest = divmod(length, self.digits)
-        after_bos = 1 / self.n_states
-        rows = np.insert(self.transition_matrix, self.n_states, after_bos, axis=0)  # (N + 1, N)
+        # (N + 1, N): the last row for the first state, which any may be.
+        rows = np.insert(self.transition_matrix, self.n_states, 1 / self.n_states, axis=0)
         whole = self._entropy(rows, self.digits)
-        before = np.eye(self.n_states + 1)[
-            -1
-        ]  # the distribution over these rows: at first the last
+        before = np.eye(self.n_states + 1)[-1]  # the distribution over these rows
         total = 0.0
         for _ in range(n):
             total += before @ whole

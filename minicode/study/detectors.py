@@ -16,11 +16,6 @@ from tqdm import tqdm
 from minicode.control import Code, chosen, force, record
 from minicode.model import evaluating
 
-N_SEEDS, STUDENTS_T = (
-    5,
-    2.776,
-)  # samples by which control is measured, and the t of so many for a 95 % interval
-
 
 @dataclass
 class Recording:
@@ -143,21 +138,25 @@ def purity(model, prompts):
     return shares
 
 
-def neurons(model, tokens):
-    """Activations (N, units): of the MLPs' hidden layers, and of what reaches the sites with codebooks."""
-    values = []
-    modules = [*model.codebooks().values(), *(block.mlp.mlp_mid_codebook for block in model.h)]
+def inputs(model, modules, tokens):
+    """What reaches each of these modules when the model runs over tokens (n, T): [(n, T, d), ...]."""
+    seen = []
     with ExitStack() as stack, evaluating(model):
-        for module in dict.fromkeys(modules):
-            stack.enter_context(
-                module.register_forward_pre_hook(
-                    lambda m, args: values[-1].append(args[0].flatten(0, 1))
-                )
-            )
-        for part in torch.from_numpy(tokens).to(model.device).split(64):
-            values.append([])
-            model(part)
-    return torch.cat([torch.cat(parts, dim=1) for parts in values])
+        for module in modules:
+            keep = module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+            stack.enter_context(keep)
+        model(tokens.to(model.device))
+    return seen
+
+
+def neurons(model, tokens):
+    """Activations (N, units): of the MLPs' hidden layers, and of what reaches the codebooks."""
+    hidden = [block.mlp.mlp_mid_codebook for block in model.h]
+    modules = dict.fromkeys([*model.codebooks().values(), *hidden])  # each once
+    parts = []
+    for part in torch.from_numpy(tokens).split(64):
+        parts.append(torch.cat(inputs(model, modules, part), dim=-1).flatten(0, 1))
+    return torch.cat(parts)
 
 
 def best_neurons(values, labels, wanted):
