@@ -1,5 +1,6 @@
 """A model against the machine that it was trained on: accuracies, and control by its codes."""
 
+from collections import defaultdict
 from contextlib import ExitStack
 from functools import partial
 
@@ -207,19 +208,21 @@ def control_study(run, n_pairs=400):
     """
     generator = torch.Generator(run.model.device).manual_seed(0)
     rng = np.random.default_rng(0)
-    ways = forced_codes(run, generator, rng) | mean_differences(run, rng)
-    samples = {name: {"first": [], "inside": []} for name in ways}
+    forced = forced_codes(run, generator, rng)
+    shifts = mean_differences(run, rng)
+    samples = defaultdict(lambda: {"first": [], "inside": []})
     for _ in tqdm(range(N_SEEDS), desc="control", leave=False, disable=None):
         drawn = draw_pairs(run, n_pairs, rng)
-        for name, (model, intervene) in ways.items():
-            for where, pair in drawn.items():
-                figures = control(run.fsm, model, *pair, intervene, generator)
-                samples[name][where].append(figures)
-    return summarise(samples)
+        for way, intervene in {**forced, **shifts}.items():
+            model = run.dense if way in shifts else run.model
+            for where, (tokens, b) in drawn.items():
+                figures = control(run.fsm, model, tokens, b, intervene, generator)
+                samples[way][where].append(figures)
+    return summarise(samples, layers=shifts)
 
 
 def forced_codes(run, generator, rng):
-    """{name: (model, intervene)}: whose codes are forced, and where."""
+    """{way: intervene}: at which sites codes are forced, and whose."""
     sites = run.sites()
     copy = partial(copy_codes, run.model)
     ways = {"none": copy([])}
@@ -232,17 +235,15 @@ def forced_codes(run, generator, rng):
     ways["random_code"] = copy(sites, partial(random_codes, run.model, generator))
     ways["wrong_state"] = wrong_state(run.fsm, ways["all"], rng)
     ways["shuffled"] = copy(sites, partial(shuffled_codes, generator))
-    return {name: (run.model, intervene) for name, intervene in ways.items()}
+    return ways
 
 
 def mean_differences(run, rng):
-    """{"mean_difference.0": (dense model, intervene), ...}, if there is room for a context."""
-    ways = {}
-    if run.dense and run.config.block_size >= 3 * run.fsm.digits:
-        for layer in range(run.config.n_layer):
-            intervene = add_mean_difference(run.fsm, run.dense, layer, rng)
-            ways[f"mean_difference.{layer}"] = (run.dense, intervene)
-    return ways
+    """{layer: intervene} for the dense model, if there is one and room for a context."""
+    if not run.dense or run.config.block_size < 3 * run.fsm.digits:
+        return {}
+    layers = range(run.config.n_layer)
+    return {layer: add_mean_difference(run.fsm, run.dense, layer, rng) for layer in layers}
 
 
 def draw_pairs(run, n_pairs, rng):
@@ -259,16 +260,15 @@ def draw_pairs(run, n_pairs, rng):
     return {"first": first, "inside": (torch.from_numpy(tokens), b)}
 
 
-def summarise(samples):
-    """Means and intervals of samples {way: {where: rows}}; of mean differences, the best layer's."""
+def summarise(samples, layers):
+    """Means and intervals of samples {way: {where: rows}}; of these layers only the best."""
     result = {}
-    for name, way in samples.items():
-        result[name] = {where: interval(rows) for where, rows in way.items()}
-        for where, row in result[name].items():
+    for way, rows in samples.items():
+        result[way] = {where: interval(rows[where]) for where in rows}
+        for where, row in result[way].items():
             free = result["none"][where]["jsd"]
             row["normalised_jsd"] = row["jsd"] / free if free else None
-    layers = [name for name in result if name.startswith("mean_difference.")]
-    shifts = [{**result.pop(name), "layer": layer} for layer, name in enumerate(layers)]
+    shifts = [{**result.pop(layer), "layer": layer} for layer in layers]
     if shifts:
         result["mean_difference"] = max(shifts, key=lambda way: way["first"]["control"])
     return result
