@@ -20,28 +20,29 @@ from minicode.model import evaluating
 
 @dataclass
 class Recording:
-    """The codes of a run on tokens (n, T). A column is one codebook and one of its k choices.
+    """The codes of a model on tokens (n, T).
 
-    names   the codes of all codebooks; a code's number is its place among them
-    fired   (n * T, columns): the numbers of the codes that fire at each position
-    count   (codes): how often each fires
-    where   for each code, the positions at which it fires
+    columns   (site, group) of each codebook in use, as many times as it makes choices
+    names     the codes of all these codebooks; a code's number is its place among them
+    fired     (n * T, columns): the numbers of the codes that fire at each position
+    count     (codes): how often each fires
+    where     for each code, the positions at which it fires
     """
 
     model: object
     tokens: np.ndarray  # (n, T)
     codes: np.ndarray  # (n, T, columns): ids, as they are stored
-    columns: list  # (site, group), one for each column of codes
 
     def __post_init__(self):
+        self.columns = []
         self.names = []
-        starts = {}
-        for site, group in dict.fromkeys(self.columns):
-            starts[site, group] = len(self.names)
-            n_codes = self.model.codebooks()[site].n_codes
-            self.names += [Code(site, group, i) for i in range(n_codes)]
-        first = np.array([starts[column] for column in self.columns], dtype=np.int32)
-        self.fired = self.codes.reshape(-1, len(first)) + first
+        first = []  # for each column, the number of its code 0
+        for site, codebook in self.model.codebooks().items():
+            for group in range(codebook.groups if codebook.enabled else 0):
+                self.columns += [(site, group)] * codebook.k
+                first += [len(self.names)] * codebook.k
+                self.names += [Code(site, group, i) for i in range(codebook.n_codes)]
+        self.fired = self.codes.reshape(-1, len(first)) + np.array(first, dtype=np.int32)
         self.count = np.bincount(self.fired.ravel(), minlength=len(self.names))
         by_code = np.argsort(self.fired, axis=None, kind="stable") // len(first)
         self.where = np.split(by_code, np.cumsum(self.count)[:-1])
@@ -54,19 +55,14 @@ class Recording:
 
 def record_codes(model, tokens):
     """A Recording of the model on tokens (n, T), a NumPy array."""
-    codebooks = {site: c for site, c in model.codebooks().items() if c.enabled}
-    columns = []
-    for site, codebook in codebooks.items():
-        for group in range(codebook.groups):
-            columns += [(site, group)] * codebook.k
-    small = all(codebook.n_codes < 2**15 for codebook in codebooks.values())
+    small = all(codebook.n_codes < 2**15 for codebook in model.codebooks().values())
     codes = []
     for part in torch.from_numpy(tokens).split(64):
         with evaluating(model), record(model) as ids:
             model(part.to(model.device))
         joined = torch.cat([i.flatten(2) for i in ids.values()], dim=-1)
         codes.append(joined.to(torch.int16 if small else torch.int32).cpu())
-    return Recording(model, tokens, torch.cat(codes).numpy(), columns)
+    return Recording(model, tokens, torch.cat(codes).numpy())
 
 
 # -- what a code stands for
