@@ -347,7 +347,7 @@ def compressed(folder):
     (change_json("config.json", n_layer=10**12), "for 1000000000000 layers"),
     (change_json("config.json", vocab_size=10**9), "its vocab_size is 5, config.json's 1000000000"),
     (change_json("config.json", lr=float("nan")), "lr must be at least 0, not nan"),
-    (change_json("fsm.json", n_states=10**6), "successors must be 3 different states for each of 1000000"),
+    (change_json("fsm.json", n_states=10**6), "n_states must be below 10001, not 1000000"),
     (change_json("fsm.json", n_states=16.0), "the numbers of a machine must be whole"),
     (change_json("fsm.json", n_states=10**5, successors=[[0, 1, 2]] * 10**5), "n_states from 2 to 10,000"),
     (change_json("summary.json", loss="low"), "summary.json is damaged"),
