@@ -115,10 +115,8 @@ def highest_precision(values, labels, label, recall):
     """Of all units, above or below the threshold at which they have the recall."""
     best = 0.0
     for unit in torch.cat((values, -values), dim=1).T:
-        reached = []
-        for threshold in unit:
-            if (unit[labels == label] >= threshold).float().mean() >= recall - 1e-6:
-                reached.append(threshold)
+        there = unit[labels == label]
+        reached = [t for t in unit if (there >= t).float().mean() >= recall - 1e-6]
         fires = unit >= max(reached)
         best = max(best, (labels[fires] == label).float().mean().item())
     return best
@@ -341,7 +339,8 @@ def test_control_study_has_every_control(tiny_run):
 def test_agreement_by_hand_and_with_oneself():
     one = by_hand([[0, 0, 1, 1, 1, 3]])
     other = by_hand([[2, 2, 2, 0, 0, 1]])
-    # 0: {0, 1} with 2: {0, 1, 2} is 2/3; 1: {2, 3, 4} with 0: {3, 4} is 2/3; 3: {5} with 1: {5} is 1
+    # Code 0 at {0, 1}, with 2 at {0, 1, 2}: 2/3. Code 1 at {2, 3, 4}, with 0 at {3, 4}: 2/3.
+    # Code 3 at {5}, with 1 at {5}: 1.
     expected = (2 / 3 + 2 / 3 + 1) / 3
     assert agreement(one, other, np.random.default_rng(0))["mean_iou"] == pytest.approx(expected)
     assert agreement(one, one, np.random.default_rng(0))["mean_iou"] == 1
