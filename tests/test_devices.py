@@ -159,7 +159,7 @@ def test_a_training_step_waits_for_nothing(gpu, fsm, monkeypatch):
 
 
 def test_interventions_and_measures_mix_no_devices(gpu, tiny_run, monkeypatch):
-    monkeypatch.setattr(measures, "N_SEEDS", 2)
+    monkeypatch.setattr(machine, "N_SEEDS", 2)
     monkeypatch.setattr(topics, "N_SEQUENCES", 64)
     run = load_run(tiny_run, GPU)
     generator = torch.Generator(GPU)

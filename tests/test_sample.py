@@ -133,7 +133,7 @@ def test_newest_run_is_the_default(tmp_path, monkeypatch, capsys):
             "mlp.1.4: at most 1 codes can be forced at a site",
         ),
         (["--force-code", "mlp.1.3", "--force-code"], "goes with no other code"),
-        (["--prompt", "4x"], "write states as digits"),
+        (["--prompt", "4x"], "is not a list of states"),
         (["--prompt", "313"], "is not a list of states"),
         (
             ["--prompt", "31" * 7],
