@@ -13,7 +13,6 @@ from minicode.study.machine import (
     copy_codes,
     first_transition_accuracy,
     jsd,
-    kl,
     next_state_probabilities,
     pairs,
     steer,
@@ -211,11 +210,9 @@ def test_forced_distributions_of_a_model_that_is_its_codes(small, its_codes):
             assert jsd(steered, own).mean() > 0.001
 
 
-def test_divergences_against_their_definitions():
+def test_divergence_against_its_definition():
     p = torch.tensor([0.5, 0.25, 0.25, 0.0])
     q = torch.tensor([0.1, 0.2, 0.3, 0.4])
-    expected = 0.5 * np.log(5) + 0.25 * np.log(1.25) + 0.25 * np.log(0.25 / 0.3)
-    assert kl(p, q).item() == pytest.approx(expected)
     middle = [0.3, 0.225, 0.275, 0.2]
     expected = 0
     for row in (p, q):

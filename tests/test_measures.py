@@ -30,7 +30,6 @@ from minicode.study.machine import (
     interval,
     random_codes,
     shift,
-    shuffled_codes,
     wrong_state,
 )
 
@@ -289,12 +288,8 @@ def test_what_is_forced_in_the_place_of_the_codes_of_b(fsm):
     sites = ["head.0", "mlp.1"]
     own = forced(copy_codes(model, sites))
     assert own.keys() == set(sites)
-    shuffled = forced(
-        copy_codes(model, sites, lambda site, ids: shuffled_codes(generator, site, ids))
-    )
     drawn = forced(copy_codes(model, sites, lambda *args: random_codes(model, generator, *args)))
     for site, ids in own.items():
-        assert sorted(shuffled[site].tolist()) == sorted(ids.tolist())
         assert drawn[site].shape == ids.shape
         assert drawn[site].max() < model.codebooks()[site].n_codes
     wrong = forced(wrong_state(fsm, copy_codes(model, sites), np.random.default_rng(0)))
@@ -317,18 +312,14 @@ def test_control_study_has_every_control(tiny_run):
     run = load_run(tiny_run)
     result = control_study(run, n_pairs=30)
     sites = {"head.0", "mlp.0", "head.1", "mlp.1"}
-    others = {"none", "all_mlp", "all", "random_code", "wrong_state", "shuffled", "mean_difference"}
+    others = {"none", "all_mlp", "all", "random_code", "wrong_state", "mean_difference"}
     assert result.keys() == sites | others
     for way in result.values():
         for where in ("first", "inside"):
             row = way[where]
-            free = result["none"][where]
             assert 0 <= row["control"] <= 1
             assert 0 <= row["jsd"] <= np.log(2)
-            assert row["kl"] >= 0
             assert row["control_ci"] >= 0
-            assert row["normalised_jsd"] == pytest.approx(row["jsd"] / free["jsd"])
-    assert result["mean_difference"]["layer"] in (0, 1)
     run.dense = None
     assert "mean_difference" not in control_study(run, n_pairs=30)
 
