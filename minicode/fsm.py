@@ -246,7 +246,4 @@ class FSM:
 
         ValueError for what describes none.
         """
-        for name, value in data.items():
-            if name != "successors" and type(value) is not int:
-                raise ValueError(f"{name} must be a whole number, not {value!r}")
         return cls(**{**data, "successors": np.asarray(data["successors"])})

@@ -91,5 +91,5 @@ def test_every_command_runs_from_it_and_its_search_is_the_clones(unpacked, tmp_p
     assert lines[0] == str(unpacked / "minicode" / "__init__.py")
     assert lines[1] == extension.load()[1]
     for name in COMMANDS:
-        assert f"usage: python -m minicode.{name} [-h]" in result.stdout, result.stderr
+        assert f"usage: python -m minicode.{name} [" in result.stdout, result.stderr
         assert f"{name} 0" in lines, result.stderr
