@@ -27,7 +27,10 @@ def transition_accuracy(fsm, model, generator=None, n=100):
 
 
 def next_state_probabilities(fsm, model):
-    """Probability of each next state after the prompt BOS s, for every state s: (N, N)."""
+    """Probability of each next state after the prompt BOS s, for every state s: (N, N) float64.
+
+    The product of those of its digits: all states that start alike share one run of the model.
+    """
     n_heads = -(-fsm.n_states // fsm.base)  # a head is all digits of a state but the last
     state, head = divmod(np.arange(fsm.n_states * n_heads), n_heads)
     heads = torch.from_numpy(fsm.encode(head)[:, 1:])  # (N * n_heads, digits - 1)
@@ -100,10 +103,8 @@ def copy_codes(model, sites, change=lambda site, ids: ids):
     """
 
     def intervene(tokens, b_run):
-        codes = {}
-        for site, ids in chosen(model, b_run).items():
-            if site in sites:
-                codes[site] = change(site, ids)
+        own = chosen(model, b_run)
+        codes = {site: change(site, own[site]) for site in sites}
         return partial(force, model, codes, tokens.shape[1] - 1)
 
     return intervene
@@ -145,7 +146,11 @@ def shift(module, delta, position):
 
 
 def add_mean_difference(fsm, model, layer, rng):
-    """An `intervene` for steer: after a layer, adds mean activations in b, less those in a."""
+    """An `intervene` for steer: after a layer, adds mean activations in b, less those in a.
+
+    What a residual stream is steered by without codebooks. A mean is taken over 8 contexts: another
+    state, and then the last tokens of the run.
+    """
     contexts = fsm.runs(rng.integers(fsm.n_states, size=8))
     next_layer = [*model.h, model.ln_f][layer + 1]  # what reaches it is the layer's output
 
@@ -187,7 +192,7 @@ def control(fsm, model, tokens, b, intervene, generator=None):
 
 
 def pairs(fsm, most=10_000):
-    """All pairs of different states a, b, or so many of them, drawn at random: two arrays."""
+    """All pairs of different states a, b, or so many of them, always the same: two arrays (n,)."""
     every = np.flatnonzero(~np.eye(fsm.n_states, dtype=bool))
     if len(every) > most:
         every = np.random.default_rng(0).permutation(every)[:most]
@@ -259,7 +264,10 @@ def mean_differences(run, rng):
 
 
 def draw_pairs(run, n_pairs, rng):
-    """{"first": (tokens, b), "inside": (tokens, b)}: runs (n_pairs, T), other states."""
+    """Runs, and for each a state that it is not in: {"first": (tokens, b), "inside": (tokens, b)}.
+
+    tokens (n_pairs, T) are BOS and one state, or a random number of states; b (n_pairs).
+    """
     fsm = run.fsm
     others = rng.integers(1, fsm.n_states, size=n_pairs)
     a = rng.integers(fsm.n_states, size=n_pairs)
