@@ -80,9 +80,10 @@ class FSM:
     def decode(self, tokens):
         """Digits (..., T) as states (..., T // digits); -1 where they are none.
 
-        They are none where BOS is among them, or where they say N or more.
+        They are none where BOS is among them, or where they say N or more. Digits are a list, an
+        array or a tensor; states an array.
         """
-        tokens = np.asarray(tokens)
+        tokens = torch.as_tensor(tokens).cpu().numpy()
         n = tokens.shape[-1] // self.digits
         digits = tokens[..., : n * self.digits].reshape(*tokens.shape[:-1], n, self.digits)
         states = digits @ self.powers

@@ -301,7 +301,6 @@ def test_saved_machine_is_checked(fsm):
         {"n_edges": 2},
         {"n_states": 0},
         {"base": 4.0},
-        {"seed": True},
     ]
     for change in changes:
         with pytest.raises(ValueError):

@@ -30,13 +30,17 @@ STUDENTS_T = 2.776  # and the t of so many for a 95 % interval
 
 def transition_accuracy(fsm, model, generator=None, n=100):
     """Of n sequences sampled from BOS alone, the share of transitions that the machine allows."""
-    start = torch.full((n, 1), fsm.bos, device=model.device)
+    start = fsm.prompt("").repeat(n, 1).to(model.device)
     tokens = model.generate(start, model.config.block_size, generator=generator)
-    return float(fsm.allowed(fsm.decode(tokens[:, 1:].cpu())).mean())
+    states = fsm.decode(tokens[:, 1:])
+    return float(fsm.allowed(states).mean())
 
 
 def next_state_probabilities(fsm, model):
-    """Probability of each next state after the prompt BOS s, for every state s: (N, N)."""
+    """Probability of each next state after the prompt BOS s, for every state s: (N, N) float64.
+
+    The product of those of its digits: all states that start alike share one run of the model.
+    """
     n_heads = -(-fsm.n_states // fsm.base)  # a head is all digits of a state but the last
     state, head = divmod(np.arange(fsm.n_states * n_heads), n_heads)
     heads = torch.from_numpy(fsm.encode(head)[:, 1:])  # (N * n_heads, digits - 1)
@@ -46,8 +50,9 @@ def next_state_probabilities(fsm, model):
         with evaluating(model):
             logits, _ = model(part.to(model.device))
         log_p = logits[:, -fsm.digits :].double().log_softmax(-1).cpu()
-        log_head = log_p[:, :-1].gather(-1, part[:, 1 + fsm.digits :, None]).sum(1)  # (n, 1)
-        tables.append(log_head + log_p[:, -1, : fsm.base])
+        head = part[:, 1 + fsm.digits :, None]  # (n, digits - 1, 1)
+        log_head = log_p[:, :-1].gather(-1, head).sum(1)
+        tables.append(log_head + log_p[:, -1, : fsm.base])  # (n, base)
     p = torch.cat(tables).exp().view(fsm.n_states, -1)
     return p[:, : fsm.n_states].numpy()
 
@@ -56,7 +61,8 @@ def first_transition_accuracy(fsm, model):
     """Of the n_edges most probable states after each prompt BOS s, the share that may follow s."""
     p = next_state_probabilities(fsm, model)
     best = np.argsort(-p, axis=1, kind="stable")[:, : fsm.n_edges]
-    return float((np.take_along_axis(fsm.transition_matrix, best, axis=1) > 0).mean())
+    true = np.take_along_axis(fsm.transition_matrix, best, axis=1)
+    return float((true > 0).mean())
 
 
 def accuracies(fsm, model, seed):
@@ -108,7 +114,7 @@ def copy_codes(model, sites, change=lambda site, ids: ids):
 
     def intervene(tokens, b_run):
         own = chosen(model, b_run)
-        codes = {site: change(site, ids) for site, ids in own.items() if site in sites}
+        codes = {site: change(site, own[site]) for site in sites}
         return partial(force, model, codes, tokens.shape[1] - 1)
 
     return intervene
@@ -125,8 +131,9 @@ def wrong_state(fsm, intervene, rng):
     offset = int(rng.integers(1, fsm.n_states))
 
     def instead(tokens, b_run):
-        b = fsm.decode(b_run[:, 1:].cpu())[:, 0]
-        wrong = fsm.runs((b + offset) % fsm.n_states).to(b_run.device)
+        b = fsm.decode(b_run[:, 1:])[:, 0]
+        other = (b + offset) % fsm.n_states
+        wrong = fsm.runs(other).to(b_run.device)
         since = b_run[:, wrong.shape[1] :]
         return intervene(tokens, torch.cat((wrong, since), dim=1))
 
@@ -143,9 +150,13 @@ def shift(module, delta, position):
 
 
 def add_mean_difference(fsm, model, layer, rng):
-    """An `intervene` for steer: after a layer, adds mean activations in b, less those in a."""
+    """An `intervene` for steer: after a layer, adds mean activations in b, less those in a.
+
+    What a residual stream is steered by without codebooks. A mean is taken over 8 contexts: another
+    state, and then the last tokens of the run.
+    """
     contexts = fsm.runs(rng.integers(fsm.n_states, size=8))
-    next_layer = [*model.h, model.ln_f][layer + 1]
+    next_layer = [*model.h, model.ln_f][layer + 1]  # what reaches it is the layer's output
 
     def means(tails):
         """Mean activation after runs that end in tails (n, t): (n, n_embd)."""
@@ -153,12 +164,14 @@ def add_mean_difference(fsm, model, layer, rng):
         each_context = contexts.repeat(len(tails), 1)
         each_tail = tails.repeat_interleave(len(contexts), dim=0)
         tokens = torch.cat((each_context, each_tail), dim=1)
-        last = inputs(model, [next_layer], tokens)[0][:, -1]
-        return last.view(len(tails), len(contexts), -1).mean(1)[which]
+        output = inputs(model, [next_layer], tokens)[0]
+        last = output[:, -1].view(len(tails), len(contexts), -1)
+        return last.mean(1)[which]
 
     def intervene(tokens, b_run):
-        delta = means(b_run[:, 1:]) - means(tokens[:, 1 - b_run.shape[1] :])
-        return partial(shift, model.h[layer], delta, tokens.shape[1] - 1)
+        in_b = means(b_run[:, 1:])
+        in_a = means(tokens[:, 1 - b_run.shape[1] :])
+        return partial(shift, model.h[layer], in_b - in_a, tokens.shape[1] - 1)
 
     return intervene
 
@@ -183,7 +196,7 @@ def control(fsm, model, tokens, b, intervene, generator=None):
 
 
 def pairs(fsm, most=10_000):
-    """All pairs of different states a, b, or so many of them, drawn at random: two arrays."""
+    """All pairs of different states a, b, or so many of them, always the same: two arrays (n,)."""
     every = np.flatnonzero(~np.eye(fsm.n_states, dtype=bool))
     if len(every) > most:
         every = np.random.default_rng(0).permutation(every)[:most]
@@ -212,7 +225,7 @@ def control_study(run, n_pairs=400):
     rng = np.random.default_rng(0)
     forced = forced_codes(run, generator, rng)
     shifts = mean_differences(run, rng)
-    samples = defaultdict(lambda: {"first": [], "inside": []})
+    samples = defaultdict(lambda: defaultdict(list))
     for _ in tqdm(range(N_SEEDS), desc="control", leave=False, disable=None):
         drawn = draw_pairs(run, n_pairs, rng)
         for way, intervene in {**forced, **shifts}.items():
@@ -241,14 +254,18 @@ def forced_codes(run, generator, rng):
 
 def mean_differences(run, rng):
     """{layer: intervene} for the dense model, if there is one and room for a context."""
-    if not run.dense or run.config.block_size < 3 * run.fsm.digits:
-        return {}
-    layers = range(run.config.n_layer)
-    return {layer: add_mean_difference(run.fsm, run.dense, layer, rng) for layer in layers}
+    shifts = {}
+    if run.dense and run.config.block_size >= 3 * run.fsm.digits:
+        for layer in range(run.config.n_layer):
+            shifts[layer] = add_mean_difference(run.fsm, run.dense, layer, rng)
+    return shifts
 
 
 def draw_pairs(run, n_pairs, rng):
-    """{"first": (tokens, b), "inside": (tokens, b)}: runs (n_pairs, T), other states."""
+    """Runs, and for each a state that it is not in: {"first": (tokens, b), "inside": (tokens, b)}.
+
+    tokens (n_pairs, T) are BOS and one state, or a random number of states; b (n_pairs).
+    """
     fsm = run.fsm
     others = rng.integers(1, fsm.n_states, size=n_pairs)
     a = rng.integers(fsm.n_states, size=n_pairs)
@@ -257,8 +274,9 @@ def draw_pairs(run, n_pairs, rng):
     n = int(rng.integers(most // 4, most)) + 1
     tokens = fsm.sequences(rng, n_pairs, 1 + n * fsm.digits)
     others = rng.integers(1, fsm.n_states, size=n_pairs)
-    b = (fsm.decode(tokens[:, 1:])[:, -1] + others) % fsm.n_states
-    return {"first": first, "inside": (torch.from_numpy(tokens), b)}
+    a = fsm.decode(tokens[:, 1:])[:, -1]
+    inside = (torch.from_numpy(tokens), (a + others) % fsm.n_states)
+    return {"first": first, "inside": inside}
 
 
 def summarise(samples, layers):
@@ -277,6 +295,7 @@ def interval(rows):
     result = {}
     for name in rows[0]:
         values = np.array([row[name] for row in rows])
+        spread = STUDENTS_T * values.std(ddof=1)
         result[name] = float(values.mean())
-        result[f"{name}_ci"] = float(STUDENTS_T * values.std(ddof=1) / len(rows) ** 0.5)
+        result[f"{name}_ci"] = float(spread / len(rows) ** 0.5)
     return result

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -10,24 +12,20 @@ from minicode.study.detectors import detect, record_codes
 def test_precision_recall():
     torch.manual_seed(6)
     fsm = FSM(n_states=16, n_edges=3, base=4)
-    model = GPT(
-        GPTConfig(
-            vocab_size=5, block_size=16, n_layer=1, n_embd=16, codebooks="mlp", n_codes=24, k=2
-        )
-    ).eval()
-    tokens, kinds = fsm.labelled(np.random.default_rng(6), 12, 16)
-    found = detect(record_codes(model, tokens), *kinds["state"])
+    shape = {"n_layer": 1, "n_embd": 16, "codebooks": "mlp", "n_codes": 24, "k": 2}
+    model = GPT(GPTConfig(vocab_size=5, block_size=16, **shape)).eval()
+    array, kinds = fsm.labelled(np.random.default_rng(6), 12, 16)
+    found = detect(record_codes(model, array), *kinds["state"])
+    tokens = torch.from_numpy(array)
     with record(model) as codes:
-        model(torch.from_numpy(tokens))
-    for code in range(24):
-        for state in range(16):
-            got = precision_recall(
-                fsm, torch.from_numpy(tokens), codes["mlp.0"][:, :, 0], code, state
-            )
-            where = f"code {code} and state {fsm.name(state)}: the"
-            for name, g, w in zip(
-                ("precision", "recall"),
-                got,
-                (found.precision[code, state], found.recall[code, state]),
-            ):
-                assert g == pytest.approx(w), f"{where} {name} is {w:.3f}, not {g:.3f}"
+        model(tokens)
+    ids = codes["mlp.0"][:, :, 0]
+    for code, state in itertools.product(range(24), range(16)):
+        precision, recall = precision_recall(fsm, tokens, ids, code, state)
+        where = f"code {code} and state {fsm.name(state)}"
+        wanted = found.precision[code, state]
+        what = f"{where}: the precision is {wanted:.3f}, not {precision:.3f}"
+        assert precision == pytest.approx(wanted), what
+        wanted = found.recall[code, state]
+        what = f"{where}: the recall is {wanted:.3f}, not {recall:.3f}"
+        assert recall == pytest.approx(wanted), what

@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from minicode import block, record
@@ -41,14 +42,13 @@ def lloyd(a, E):
 
 def precision_recall(fsm, tokens, ids, code, state):
     fires = (ids == code).any(-1)  # (n, T)
-    there = torch.zeros_like(fires)
-    ends = there[
-        :, fsm.digits :: fsm.digits
-    ]  # a view: the positions at which a state has been read
     states = torch.from_numpy(fsm.decode(tokens[:, 1:]))
-    ends[:] = states == state
+    there = torch.zeros_like(fires)
+    there[:, fsm.digits :: fsm.digits] = states == state  # where a state has been read
     both = (fires & there).sum().item()
-    return both / max(fires.sum().item(), 1), both / max(there.sum().item(), 1)
+    precision = both / max(fires.sum().item(), 1)
+    recall = both / max(there.sum().item(), 1)
+    return precision, recall
 
 
 def effect(model, tokens, code):
@@ -64,10 +64,12 @@ def effect(model, tokens, code):
 
 
 def residual(a, E, k):
-    ids, left = [], a
+    left = a
+    ids = []
     for _ in range(k):
-        ids.append(nearest(left, E))
-        left = left - E[ids[-1]]
+        best = nearest(left, E)
+        left = left - E[best]
+        ids.append(best)
     return torch.stack(ids, dim=1)
 
 
@@ -75,15 +77,15 @@ class TopK(nn.Module):
     def __init__(self, n_codes, dim, k=1):
         super().__init__()
         self.k = k
-        self.codes = nn.Parameter(nn.functional.normalize(torch.randn(1, n_codes, dim), dim=-1))
-        self.encoder = nn.Parameter(
-            self.codes.detach()[0].clone()
-        )  # tied at the start: W = E, of length 1
+        codes = F.normalize(torch.randn(n_codes, dim), dim=-1)
+        self.codes = nn.Parameter(codes.unsqueeze(0))
+        self.encoder = nn.Parameter(codes.clone())  # tied at the start: W = E, of length 1
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x):
         scores, ids = ((x - self.bias) @ self.encoder.T).topk(self.k, dim=-1)  # (..., k)
-        q = self.bias + (scores.relu().unsqueeze(-1) * self.codes[0, ids]).sum(-2)  # (..., d)
+        z = scores.relu().unsqueeze(-1)
+        q = self.bias + (z * self.codes[0, ids]).sum(-2)  # (..., d)
         self.ids = ids.unsqueeze(-2)  # (..., 1, k)
-        self.autoencoding = nn.functional.mse_loss(q, x.detach())
+        self.autoencoding = F.mse_loss(q, x.detach())
         return q
