@@ -21,10 +21,10 @@ from minicode.sample import main as sample
 from minicode.study.detectors import detect, record_codes
 from minicode.train_text import main as train_text
 
-SMALL = (
-    "--n-layer 2 --n-head 2 --n-embd 16 --block-size 32 --n-codes-head 16 --k 4 --steps 60 "
-    "--batch-size 8 --eval-every 60 --device cpu"
-).split()
+SMALL = [
+    "--n-layer=2", "--n-head=2", "--n-embd=16", "--block-size=32", "--n-codes-head=16", "--k=4",
+    "--steps=60", "--batch-size=8", "--eval-every=60", "--device=cpu",
+]  # fmt: skip
 
 
 def train(folder, *flags):
