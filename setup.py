@@ -5,8 +5,14 @@ setup(
     version="0.1.0",
     description="Codebook features: hidden states as short lists of codes, to read and to control",
     license="MIT",
-    packages=["minicode", "minicode.runtime", "minicode.language", "minicode.study", "minicode.csrc"],
-    package_dir={"minicode.csrc": "csrc"},  # the sources travel with the wheel, and are compiled at first use
+    packages=[
+        "minicode",
+        "minicode.language",
+        "minicode.study",
+        "minicode.runtime",
+        "minicode.csrc",  # the sources travel with the wheel, and are compiled at first use
+    ],
+    package_dir={"minicode.csrc": "csrc"},
     package_data={
         "minicode.language": ["*.txt"],
         "minicode.study": ["*.css", "*.html"],
@@ -14,5 +20,5 @@ setup(
     },
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "ninja", "numpy", "tqdm"],
-    extras_require={"test": ["pytest"], "dev": ["pytest", "ruff"]},
+    extras_require={"dev": ["pytest", "ruff~=0.17.6"]},
 )

@@ -1,5 +1,5 @@
 // minicode_native::topk, for the CPU and, where the installed torch has it, CUDA: x (G, N, d), codes (G, C, d) to
-// scores and ids (G, N, k), as topk.h says. minicode/topk.py checks what users give it.
+// scores and ids (G, N, k), as topk.h says. minicode/runtime/arguments.py checks what users give it.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

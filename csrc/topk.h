@@ -25,7 +25,7 @@ using Parallel = std::function<void(int64_t n, const std::function<void(int64_t,
 void topk_cpu(const Search& search, const Parallel& parallel, int64_t n_threads, bool coarse);
 const char* cpu_path();  // what topk_cpu uses here, for people
 
-// On a GPU, what minicode/topk.py prepares to score in bfloat16 first (see topk_coarse.cu), and room to work.
+// On a GPU, what minicode/runtime/gpu.py prepares to score in bfloat16 first (see topk_coarse.cu), and room to work.
 struct CoarsePass {
   static constexpr int64_t capacity = 128;
   const uint16_t *x = nullptr, *codes = nullptr;          // (G, N, depth), (G, width, depth), in bfloat16

@@ -2,7 +2,7 @@
 // within twice the error bound of the k-th best are scored again in float32, as search_tiles would, with the same
 // bits. Rows with too many such codes, or that are not finite, are left to search_tiles.
 //
-// The bound is that of topk_coarse.cpp, computed in minicode/topk.py, but tensor cores round worse: they add 4 to 16
+// The bound is that of topk_coarse.cpp, computed in minicode/runtime/gpu.py, but tensor cores round worse: they add 4 to 16
 // products to the sum at once, each cut off at the last bit of the largest, and cut off the result. That is up to
 // 1.5 d 2^-23 of the sizes that enter, all else d 2^-24; the bound allows for (d + 16) 2^-22.
 //

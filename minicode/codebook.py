@@ -47,9 +47,8 @@ class Codebook(nn.Module):
         self.commitment = None
         self.inputs = None  # (N, G, d) of the last training batch: what revive() draws from
         self.codes = nn.Parameter(torch.randn(groups, n_codes, dim))
-        # How often each code was chosen, since the last revival and since the last update().
+        # How often each code was chosen in training, by all processes, since the last revival.
         self.register_buffer("usage", torch.zeros(groups, n_codes))
-        self.register_buffer("new_usage", torch.zeros(groups, n_codes), persistent=False)
 
     def forward(self, x):
         if not self.enabled:
@@ -63,7 +62,7 @@ class Codebook(nn.Module):
                 self.autoencoding = F.mse_loss(q, a.detach())
                 self.commitment = F.mse_loss(a, q.detach())
                 self.inputs = a.detach().reshape(-1, self.groups, self.dim)
-                self._count(self.new_usage, self.ids)
+                self.usage += processes.add_up(self.count(self.ids))
             return self.pass_on(a, q).flatten(-2).to(x.dtype)
 
     def activations(self, x):
@@ -90,30 +89,25 @@ class Codebook(nn.Module):
         first = self.n_codes * torch.arange(self.groups, device=ids.device)
         return ids + first.unsqueeze(-1)
 
-    def _count(self, count, ids):
-        """Adds to count (G, C) how often ids (..., G, k) name each code."""
+    def count(self, ids):
+        """How often ids (..., G, k) name each code: (G, C)."""
         rows = self._rows(ids).flatten()
+        count = torch.zeros_like(self.usage)
         count.view(-1).index_add_(0, rows, torch.ones_like(rows, dtype=count.dtype))
+        return count
 
-    # -- in training, and before it
-
-    @torch.no_grad()
-    def update(self):
-        """After each step of the optimizer: counts what was chosen in it, by all processes."""
-        processes.add_up(self.new_usage)
-        self.usage += self.new_usage
-        self.new_usage.zero_()
+    # -- before training, and in it
 
     @torch.no_grad()
-    def revive(self, optimizer=None, threshold=0.05, generator=None):
+    def revive(self, optimizer, generator=None):
         """Moves dead codes onto inputs of the last training batch that are far from every code.
 
-        Dead is a code chosen less than `threshold` times as often as the mean code since the last
-        call. Inputs are drawn as `start` draws its seeds, but by the fourth power of the distance:
+        Dead is a code chosen less than a twentieth as often as the mean code since the last call.
+        Inputs are drawn as `start` draws its seeds, but by the fourth power of the distance:
         from things that share a code, not from the scatter of one. The optimizer's moments of a
         revived code are set to zero. Returns how many were dead.
         """
-        dead = self.usage < threshold * self.usage.mean(-1, keepdim=True)  # (G, C)
+        dead = self.usage < 0.05 * self.usage.mean(-1, keepdim=True)  # (G, C)
         self.usage.zero_()
         if self.inputs is None or not dead.any():
             return 0
@@ -123,8 +117,7 @@ class Codebook(nn.Module):
         seeds = self._seeds(a, n_seeds, generator, distance, power=2) / self.k
         rank = (dead.cumsum(-1) - 1).clamp(0, n_seeds - 1)  # the first dead code: the first seed
         self.codes.copy_(torch.where(dead.unsqueeze(-1), _take(seeds, rank), self.codes))
-        moments = optimizer.state.get(self.codes, {}) if optimizer else {}
-        for moment in moments.values():
+        for moment in optimizer.state[self.codes].values():
             if moment.shape == self.codes.shape:
                 moment[dead] = 0
         processes.take_from_first(self)
@@ -137,23 +130,19 @@ class Codebook(nn.Module):
         For k > 1 they are a k-th of the clusters' means, and then refined, since sums of means are
         blurred. ValueError where there are fewer inputs than codes.
         """
-        a = self.activations(inputs).transpose(0, 1).contiguous()  # (G, N, d)
-        n_inputs = a.shape[1]
-        if n_inputs < self.n_codes:
+        if len(inputs) < self.n_codes:
             needed = f"{self.n_codes} codes need as many inputs to start from"
-            raise ValueError(f"{needed}, not {n_inputs}")
+            raise ValueError(f"{needed}, not {len(inputs)}")
+        inputs = self.activations(inputs)  # (N, G, d)
+        a = inputs.transpose(0, 1).contiguous()  # (G, N, d)
         self.codes.copy_(self._seeds(a, self.n_codes, generator))
         for _ in range(rounds):
             ids, _ = self._nearest(a, self.codes)  # (G, N)
-            count = torch.zeros_like(self.usage)
-            self._count(count, ids.T.unsqueeze(-1))
-            where = ids.unsqueeze(-1).expand_as(a)
-            total = torch.zeros_like(self.codes).scatter_add_(1, where, a)
-            count = count.unsqueeze(-1)  # (G, C, 1)
+            count, total = self._gather(ids.T.unsqueeze(-1), inputs)
             self.codes.copy_(torch.where(count > 0, total / count.clamp_min(1), self.codes))
         self.codes /= self.k
         for _ in range(2 * rounds if self.k > 1 else 0):
-            self._refine(a.transpose(0, 1))
+            self._refine(inputs)
         self.usage.zero_()
         processes.take_from_first(self)
 
@@ -163,13 +152,16 @@ class Codebook(nn.Module):
         All k codes of a sum move: a k-th is as far as they can go without making the sums worse.
         """
         ids = self.search(a)  # (N, G, k)
-        lack = (a - self.sum_codes(ids)).flatten(0, 1)  # (N * G, d)
-        count = torch.zeros_like(self.usage)
-        self._count(count, ids)
+        count, total = self._gather(ids, a - self.sum_codes(ids))
+        self.codes += total / count.clamp_min(1) / self.k
+
+    def _gather(self, ids, values):
+        """For each code, how often ids (N, G, k) name it (G, C, 1), and the sum there of values
+        (N, G, d): (G, C, d)."""
         total = torch.zeros_like(self.codes)
         for rows in self._rows(ids).flatten(0, 1).T:  # k of (N * G)
-            total.view(-1, self.dim).index_add_(0, rows, lack)
-        self.codes += total / count.clamp_min(1).unsqueeze(-1) / self.k
+            total.view(-1, self.dim).index_add_(0, rows, values.flatten(0, 1))
+        return self.count(ids).unsqueeze(-1), total
 
     def _nearest(self, a, codes):
         """For each of a (G, N, d): the nearest code's id, its squared distance; both (G, N)."""

@@ -52,20 +52,15 @@ class Code:
             if int(value) >= n:
                 there_are = f"its {what}s are 0 to {n - 1}"
                 raise ValueError(f"{text}: {site} has no {what} {value}; {there_are}")
-        if position is not None:
-            position = int(position)
-            block_size = model.config.block_size
-            if not -block_size <= position < block_size:
-                raise ValueError(f"{text}: a position is less than the block_size of {block_size}")
-        return cls(site, int(head or 0), int(number), position)
+        return cls(site, int(head or 0), int(number), None if position is None else int(position))
 
 
 def codebook_of(model, site, text):
     """The model's codebook of that name, or a ValueError."""
     codebooks = model.codebooks()
     if site not in codebooks:
-        has = f"it has them at {', '.join(codebooks)}" if codebooks else "it has none at all"
-        raise ValueError(f"{text}: this model has no codebook at {site}; {has}")
+        sites = ", ".join(codebooks) or "no site at all"
+        raise ValueError(f"{text}: this model has no codebook at {site}; it has them at {sites}")
     if not codebooks[site].enabled:
         raise ValueError(f"{text}: the codebooks of this model are switched off")
     return codebooks[site]
@@ -81,10 +76,9 @@ def record(model):
     codes = {}
 
     def keep(name, codebook, inputs, output):
-        if not codebook.enabled:
-            return
-        goes_on = model.span.start > 0 and name in codes
-        codes[name] = torch.cat((codes[name], codebook.ids), dim=1) if goes_on else codebook.ids
+        if codebook.enabled:
+            past = [codes[name]] if model.span.start and name in codes else []
+            codes[name] = torch.cat([*past, codebook.ids], dim=1)
 
     with ExitStack() as stack:
         for name, codebook in model.codebooks().items():
@@ -135,17 +129,16 @@ class _Edit:
         if len(self.ids) not in (1, len(a)):
             there_are = f"there are codes for {len(self.ids)} sequences"
             raise ValueError(f"{self.name}: {there_are}, but the input has {len(a)}")
-        span = model.span
-        prompt_end = model.prompt_length or span.stop
-        if self.position is None:
-            start, stop = 0, span.stop
-        elif self.position == GENERATED:
-            start, stop = prompt_end - 1, span.stop
-        else:
-            start = self.position if self.position >= 0 else self.position + prompt_end
+        span = model.span  # the positions of this pass
+        start, stop = 0, span.stop
+        if self.position == GENERATED:
+            start = model.prompt_length - 1
+        elif self.position is not None:
+            start = self.position + (model.prompt_length if self.position < 0 else 0)
             stop = start + 1
         if start < 0:
-            raise ValueError(f"{self.name}@{self.position} is before the start of the prompt")
+            where = f"position {self.position}"
+            raise ValueError(f"{self.name}: {where} is before the start of the prompt")
         self.reached = bool(self.reached) or (start < span.stop and stop > span.start)
         at = torch.arange(span.start, span.stop, device=a.device).view(1, -1, 1, 1)
         return (at >= start) & (at < stop) & (self.ids >= 0)
@@ -214,12 +207,13 @@ def _edit(model, codes, position, kind):
         yield
         for _, edit in edits:
             if edit.reached is False:
-                at = f"{edit.name}@{edit.position}"
-                raise ValueError(f"{at} had no effect: no input was that long")
+                reached = f"no input has a position {edit.position}"
+                raise ValueError(f"{edit.name} had no effect: {reached}")
     finally:
         for codebook, edit in edits:
             codebook.control.edits.remove(edit)
-            codebook.control = codebook.control if codebook.control.edits else None
+            if not codebook.control.edits:
+                codebook.control = None
 
 
 def _read_names(model, codes, position):
@@ -231,7 +225,7 @@ def _read_names(model, codes, position):
         ids = torch.full((1, 1, codebook.groups, 1), -1, device=device)
         ids[0, 0, code.group] = code.id
         where = position if code.position is None else code.position
-        yield codebook, text.split("@")[0], ids, where
+        yield codebook, text, ids, where
 
 
 def _read_ids(model, codes, position):

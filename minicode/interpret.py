@@ -1,12 +1,14 @@
-"""python -m minicode.interpret: what the codes of a run stand for, how well, and what they do when they are forced.
+"""python -m minicode.interpret: what the codes of a run stand for, and what they do when forced.
 
-python -m minicode.interpret                         every measure: tables, interpret.json, report.html to look at
-python -m minicode.interpret --search 'New (York)'   the codes that fire where a pattern, or its bracket, ends
-python -m minicode.interpret --code mlp.1.527        where a code fires, in context
+python -m minicode.interpret                       every measure: tables and report.html
+python -m minicode.interpret --search 'New (York)' the codes that fire where a pattern ends
+python -m minicode.interpret --code mlp.1.527      where a code fires, in context
+python -m minicode.interpret --compare runs/other  do the codes of another run agree?
+python -m minicode.interpret --picture FILE.svg    a sequence with its codes, and others forced
 """
 
 import json
-import re
+import sys
 from pathlib import Path
 
 from minicode.control import Code
@@ -14,65 +16,67 @@ from minicode.language import topics
 from minicode.runtime.options import Parser
 from minicode.runtime.runs import latest_run, load_run
 from minicode.study.detectors import record_codes
-from minicode.study.lookup import look_up, search
+from minicode.study.lookup import compare, look_up, search
+from minicode.study.picture import picture
 from minicode.study.study import study
 
 
 def main(argv=None):
-    parser = Parser("interpret", __doc__)
-    parser.add_argument("--run", type=Path, help="folder of the run (default: the newest in runs/)")
-    parser.add_argument(
-        "--search",
-        metavar="REGEX",
-        help="list the codes that detect where the pattern, or its first bracket, ends",
-    )
-    parser.add_argument(
-        "--precision", type=float, default=0.5, help="the least that --search lists (default: 0.5)"
-    )
-    parser.add_argument(
-        "--recall", type=float, default=0.1, help="the least that --search lists (default: 0.1)"
-    )
-    parser.add_argument("--code", help="list where this code fires")
-    parser.add_argument(
-        "--compare",
-        type=Path,
-        metavar="RUN",
-        help="another run on the same data: do its codes agree?",
-    )
-    parser.add_argument(
-        "--figures", type=Path, metavar="FOLDER", help="write the figures there too, as SVG files"
-    )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser = make_parser()
     args = parser.parse_args(argv)
     with parser.user_errors():
         run = load_run(args.run or latest_run())
-        other = load_run(args.compare) if args.compare else None
-        for each in filter(None, (run, other)):
-            each.sites()
-        if other and other.data != run.data:
-            raise ValueError(f"the runs in {run.folder} and {other.folder} are on different data")
-        if other and other.config.block_size < run.config.block_size:
-            raise ValueError(
-                f"the block of {other.folder} is shorter than that of {run.folder}: compare them the other way round"
-            )
-        try:
-            pattern = re.compile(args.search) if args.search is not None else None
-        except re.error as error:
-            raise ValueError(
-                f"--search {args.search!r} is not a regular expression: {error}"
-            ) from None
-        wanted = Code.parse(args.code, run.model) if args.code else None
+        run.sites()
+        code = Code.parse(args.code, run.model) if args.code else None
+        other = other_run(run, args.compare) if args.compare else None
         tokens, kinds = topics.held_out(run)
         recording = record_codes(run.model, tokens)
-        if args.figures:
-            args.figures.mkdir(parents=True, exist_ok=True)
-        if pattern is not None:
-            result, text = search(run, recording, pattern, args)
-        elif wanted:
-            result, text = look_up(run, recording, kinds, wanted)
+        if args.search is not None:
+            result, text = search(run, recording, args.search, args.precision, args.recall)
+        elif code:
+            result, text = look_up(run, recording, kinds, code)
+        elif other:
+            result, text = compare(recording, other)
+        elif args.picture:
+            result, text = picture(run, recording, kinds, args.picture)
         else:
-            result, text = study(run, recording, kinds, other, args.figures)
+            result, text = study(run, recording, kinds, args.figures)
+    learnt = run.summary.get("transition_accuracy", 1)
+    if learnt < 0.9:
+        about = f"{run.folder} has not learnt the machine (transition accuracy {learnt:.2f})"
+        print(f"note: {about}: its codes will not mean much", file=sys.stderr)
     print(json.dumps(result) if args.json else text)
+
+
+def other_run(run, folder):
+    """The run that this one is compared with; ValueError if it can't be."""
+    other = load_run(folder)
+    other.sites()
+    if other.folder.resolve() == run.folder.resolve():
+        raise ValueError(f"{folder} is the run itself: its codes agree")
+    if other.data != run.data:
+        raise ValueError(f"the runs in {run.folder} and {folder} are on different data")
+    if other.config.block_size < run.config.block_size:
+        shorter = f"the block of {folder} is shorter than that of {run.folder}"
+        raise ValueError(f"{shorter}: compare them the other way round")
+    return other
+
+
+def make_parser():
+    parser = Parser("interpret", __doc__)
+    add = parser.add_argument
+    add("--run", type=Path, metavar="FOLDER", help="the run (default: the newest in runs/)")
+    add(
+        "--search", metavar="REGEX", help="the codes that fire where it, or its first bracket, ends"
+    )
+    add("--precision", type=float, default=0.5, help="the least for --search (default: 0.5)")
+    add("--recall", type=float, default=0.1, help="the least for --search (default: 0.1)")
+    add("--code", help="where this code fires")
+    add("--compare", type=Path, metavar="FOLDER", help="another run on the same data")
+    add("--picture", type=Path, metavar="FILE", help="of a run on TokFSM, as SVG")
+    add("--figures", type=Path, metavar="FOLDER", help="write the figures there too, as SVG")
+    add("--json", action="store_true", help="print the result as JSON")
+    return parser
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from minicode.codebook import Codebook
+from minicode.runtime.arguments import SIMILARITIES
 from minicode.runtime.options import check_options, option
-from minicode.topk import SIMILARITIES
 
 # In the order in which a block runs through them.
 SITES = ("head", "attn", "mlp_mid", "mlp", "block")
@@ -85,17 +85,11 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, d)
         q, *kv = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, d) each
         if cache is not None:  # {layer: (k, v)} of the positions before
-            past = cache.get(self, ())
-            kv = [torch.cat(parts, dim=2) for parts in zip(past, kv)] if past else kv
+            if self in cache:
+                kv = [torch.cat(parts, dim=2) for parts in zip(cache[self], kv)]
             cache[self] = kv
         k, v = kv
-        n_new = q.shape[2]
-        n_seen = k.shape[2]  # past + T
-        mask = None
-        if n_seen > n_new:
-            every = torch.ones(n_new, n_seen, dtype=torch.bool, device=x.device)
-            mask = every.tril(n_seen - n_new)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape == k.shape)
         y = y.transpose(1, 2).flatten(-2)  # (B, T, n_embd)
         return self.attn_codebook(self.c_proj(self.head_codebook(y)))
 
@@ -133,7 +127,7 @@ class GPT(nn.Module):
 
     tokens, targets (B, T) int64; logits (B, T, vocab_size); loss: cross-entropy a token in nats,
     or None. cache: a dict, empty at first, that keeps the keys and values of each attention layer
-    for the tokens that come next.
+    for what comes next, one token at a time.
     """
 
     def __init__(self, config):
@@ -145,17 +139,14 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.span = range(0)  # the positions of the last forward pass
-        self.prompt_length = None  # while it generates
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                self._start(name, parameter)
-
-    def _start(self, name, weight):
+        self.prompt_length = 0  # tokens of the last pass that followed no cache
         # nanoGPT starts all at 0.02; at 64 dimensions that costs TokFSM half of its training.
-        std = 0.2 if name.startswith("w") else weight.shape[1] ** -0.5
-        if name.endswith("c_proj.weight"):  # into the residual stream, 2 * n_layer times
-            std /= (2 * self.config.n_layer) ** 0.5
-        nn.init.normal_(weight, std=std)
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                std = 0.2 if name.startswith("w") else weight.shape[1] ** -0.5
+                if name.endswith("c_proj.weight"):  # into the residual stream, 2 * n_layer times
+                    std /= (2 * config.n_layer) ** 0.5
+                nn.init.normal_(weight, std=std)
 
     def codebooks(self):
         """The codebooks by name, such as "mlp.1", in the order in which the network runs them."""
@@ -178,10 +169,13 @@ class GPT(nn.Module):
     def forward(self, tokens, targets=None, cache=None):
         past = cache[self.h[0].attn][0].shape[2] if cache else 0
         end = past + tokens.shape[1]
-        block_size = self.config.block_size
-        if end > block_size:
-            raise ValueError(f"{end} tokens are more than the block_size of {block_size}")
+        if end > self.config.block_size:
+            most = self.config.block_size
+            raise ValueError(f"{end} tokens are more than the block_size of {most}")
+        if past and end > past + 1:
+            raise ValueError("what follows a cache is run one token at a time")
         self.span = range(past, end)
+        self.prompt_length = self.prompt_length if past else end
         x = self.wte(tokens) + self.wpe.weight[past:end]  # (B, T, n_embd)
         for block in self.h:
             x = block(x, cache)
@@ -190,31 +184,22 @@ class GPT(nn.Module):
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-    def generate(
-        self, tokens, max_new_tokens, temperature=1.0, top_k=None, generator=None, use_cache=True
-    ):
-        """Continues tokens (B, T) to (B, T + max_new_tokens), sampling at `temperature`.
+    def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None, generator=None):
+        """Continues tokens (B, T) to (B, T + max_new_tokens); each step runs one position.
 
-        Temperature 0 takes the most probable. With the cache each step runs one position; without
-        it, all of them: the same tokens, more slowly.
+        temperature 0 takes the most probable token; top_k: drawn from so many, the most probable.
         """
-        n_tokens = tokens.shape[1]
-        block_size = self.config.block_size
-        room = max(0, block_size + 1 - n_tokens)  # the last token is not run through the model
+        # The last token is not run through the model.
+        room = max(0, self.config.block_size + 1 - tokens.shape[1])
         if max_new_tokens > room:
-            size = f"a prompt of {n_tokens} tokens leaves room for {room} more"
-            raise ValueError(f"{size} in the block of {block_size}, not for {max_new_tokens}")
-        cache = {} if use_cache else None
-        self.prompt_length = n_tokens  # so that position -1 goes on meaning the prompt's last
-        try:
-            with evaluating(self):
-                for _ in range(max_new_tokens):
-                    logits, _ = self(tokens[:, -1:] if cache else tokens, cache=cache)
-                    new = choose(logits[:, -1].float(), temperature, top_k, generator)
-                    tokens = torch.cat((tokens, new), dim=1)
-            return tokens
-        finally:
-            self.prompt_length = None
+            raise ValueError(f"the prompt leaves room for {room} tokens, not for {max_new_tokens}")
+        cache = {}
+        with evaluating(self):
+            for _ in range(max_new_tokens):
+                logits, _ = self(tokens[:, -1:] if cache else tokens, cache=cache)
+                new = choose(logits[:, -1].float(), temperature, top_k, generator)
+                tokens = torch.cat((tokens, new), dim=1)
+        return tokens
 
 
 def choose(logits, temperature=1.0, top_k=None, generator=None):

@@ -7,15 +7,13 @@ chunk by chunk. `python -m minicode.topk` tells which, and builds it.
 
 import torch
 
-from minicode.runtime import extension, gpu
+from minicode.runtime import extension, native
 from minicode.runtime.arguments import check_search
 from minicode.runtime.precision import float32_throughout
 
-SIMILARITIES = ("cosine", "distance", "dot")  # in the order of csrc/topk.h
-
 
 def definition(x, codes, k, similarity):
-    """x (G, N, d), codes (G, C, d) -> scores, ids (G, N, k), best first; of equals, the lower id."""
+    """x (G, N, d), codes (G, C, d) -> scores, ids (G, N, k), best first; of equals the lower id."""
     scale, offset = scale_and_offset(codes, similarity)
     scores = (x.float() @ codes.float().mT) * scale + offset  # (G, N, C)
     scores = scores.masked_fill(scores.isnan(), -torch.inf)
@@ -39,6 +37,7 @@ def scale_and_offset(codes, similarity):
     return scale.float(), offset.float()
 
 
+@torch.no_grad()
 def topk_codes(x, codes, k=1, similarity="cosine"):
     """The k best codes for each row of x (paper, section 2.1): `(scores, ids)`, best first.
 
@@ -47,12 +46,15 @@ def topk_codes(x, codes, k=1, similarity="cosine"):
     float32, ids int64. A NaN score loses to every number. Not differentiable: `Codebook` does the
     gradients. TypeError or ValueError names the argument and what was expected.
     """
-    check_search(x, codes, k, similarity, SIMILARITIES)
-    table = codes.detach() if codes.dim() == 3 else codes.detach().unsqueeze(0)  # (G, C, d)
-    rows = x.detach().reshape(-1, table.shape[0], table.shape[2]).transpose(0, 1)  # (G, N, d)
+    check_search(x, codes, k, similarity)
+    table = codes if codes.dim() == 3 else codes.unsqueeze(0)  # (G, C, d)
+    groups, _, dim = table.shape
+    rows = x.reshape(-1, groups, dim).transpose(0, 1)  # (G, N, d)
     scores, ids = torch.ops.minicode.topk_codes(rows, table, k, similarity)  # (G, N, k)
     shape = (*x.shape[:-1], k)  # (..., k) or (..., G, k)
-    return scores.transpose(0, 1).reshape(shape), ids.transpose(0, 1).reshape(shape)
+    scores = scores.transpose(0, 1).reshape(shape)
+    ids = ids.transpose(0, 1).reshape(shape)
+    return scores, ids
 
 
 @torch.library.custom_op("minicode::topk_codes", mutates_args=())
@@ -60,64 +62,49 @@ def _search(
     x: torch.Tensor, codes: torch.Tensor, k: int, similarity: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     # An operator of its own: torch.compile sees one node, and autocast can't halve its precision.
-    served = x.device.type in extension.load()[0] and (x.is_cpu or gpu.serves(x, k))
     with torch.autocast(x.device.type, enabled=False):
-        if not served:
-            with float32_throughout():
-                return search_in_chunks(x, codes, k, similarity, in_pytorch)
-        if x.is_cpu and x.dtype == torch.float32 and x.stride(-1) == 1:
-            return native(x, codes.float().contiguous(), k, similarity)  # x is read where it lies
-        return search_in_chunks(x, codes, k, similarity, native)
+        if native.serves(x, k):
+            return native.search(x, codes, k, similarity, scale_and_offset)
+        with float32_throughout():
+            return search_in_chunks(x, codes, k, similarity)
 
 
-def native(x, codes, k, similarity, coarse=True):
-    """The extension's search; `coarse`: after a pass in half precision, where that pays."""
-    if x.is_cpu:
-        kind = SIMILARITIES.index(similarity)
-        return torch.ops.minicode_native.topk(x, codes, k, kind, coarse)
-    return gpu.search(x, codes, *scale_and_offset(codes, similarity), k, coarse)
+@_search.register_fake
+def _(x, codes, k, similarity):
+    scores = x.new_empty((*x.shape[:2], k), dtype=torch.float32)
+    return scores, torch.empty_like(scores, dtype=torch.int64)
 
 
-def search_in_chunks(x, codes, k, similarity, search):
-    """x (G, N, d), codes (G, C, d), of any type; so many rows at a time that what is held is small.
-
-    In PyTorch a row's scores are held, else a row, or on a GPU its list of candidates.
-    """
-    codes = codes.float().contiguous()
-    scores, ids = _empty(x, codes, k, similarity)
-    held = codes.shape[1] if search is in_pytorch else max(128, x.shape[2])
-    at_once = (1 << 24 if x.is_cuda else 1 << 21) // (codes.shape[0] * held)  # of 64 MB, or 8
-    for start in range(0, x.shape[1], max(1, at_once)):
-        rows = slice(start, start + max(1, at_once))
-        part = x[:, rows].float().contiguous()
-        scores[:, rows], ids[:, rows] = search(part, codes, k, similarity)
-    return scores, ids
-
-
-def in_pytorch(x, codes, k, similarity):
-    """The definition without sorting all scores: x (G, n, d) -> scores, ids (G, n, k)."""
+def search_in_chunks(x, codes, k, similarity):
+    """The definition for so many rows at a time that their scores take 64 MB; on a CPU, 8."""
     scale, offset = scale_and_offset(codes, similarity)
-    scores = torch.baddbmm(offset, x, (codes * scale.mT).mT)  # (G, n, C)
+    table = (codes.float() * scale.mT).mT  # (G, d, C)
+    n_scores = codes.shape[0] * codes.shape[1]  # a row
+    most = 1 << 24 if x.is_cuda else 1 << 21
+    at_once = max(1, most // n_scores)
+    scores = []
+    ids = []
+    for rows in x.split(at_once, dim=1):
+        best, which = best_of(torch.baddbmm(offset, rows.float(), table), k)
+        scores.append(best)
+        ids.append(which)
+    return torch.cat(scores, dim=1), torch.cat(ids, dim=1)
+
+
+def best_of(scores, k):
+    """The k best of scores (G, n, C), without sorting them all."""
     scores.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if k == 1:
         return scores.max(dim=-1, keepdim=True)  # the first of equals
     best, ids = scores.topk(min(k + 1, scores.shape[-1]))
-    # Of equals topk takes any: in a list the lower id comes first; a list that cuts through
-    # equals is made anew, by a sort.
-    cut = (best[..., k:] == best[..., k - 1 : k]).any(-1)  # (G, n)
-    ids, order = ids[..., :k].sort(dim=-1)
-    best, order = best.gather(-1, order).sort(dim=-1, descending=True, stable=True)
-    ids = ids.gather(-1, order)
-    if cut.any():
-        every, columns = scores[cut].sort(dim=-1, descending=True, stable=True)
-        best[cut], ids[cut] = every[:, :k], columns[:, :k]
+    tied = (best[..., 1:] == best[..., :-1]).any(-1)  # (G, n): there topk takes any of them
+    best = best[..., :k]
+    ids = ids[..., :k]
+    if tied.any():
+        every, columns = scores[tied].sort(dim=-1, descending=True, stable=True)
+        best[tied] = every[:, :k]
+        ids[tied] = columns[:, :k]
     return best, ids
-
-
-@_search.register_fake
-def _empty(x, codes, k, similarity):
-    scores = x.new_empty((*x.shape[:2], k), dtype=torch.float32)
-    return scores, torch.empty_like(scores, dtype=torch.int64)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""One training loop, and the folder of files that it leaves.
+"""The training loop.
 
-A run trains the dense model for `dense_share` of its steps, starts the codebooks from its activations, and
-goes on with the codebooks in place. Batch and random numbers of a step follow from (seed, step) alone, so
-that resuming needs no random state, and a resumed run ends as the unbroken one, to the last bit.
+A run trains the dense model for `dense_share` of its steps, starts the codebooks from its
+activations, and goes on with the codebooks in place. Batch and random numbers of a step follow from
+(seed, step) alone, so that resuming needs no random state, and a resumed run ends as the unbroken
+one, to the last bit.
 """
 
-import json
 import math
 import sys
 import time
@@ -15,185 +15,189 @@ import torch
 from tqdm import tqdm
 
 from minicode.codebook import perplexity
-from minicode.control import record
 from minicode.fsm import FSM
 from minicode.model import evaluating
 from minicode.runtime import processes
-from minicode.runtime.files import write, write_tensors
-from minicode.runtime.session import describe, stop_signals, summarise
+from minicode.runtime.files import write_tensors
+from minicode.runtime.progress import bar, describe, say, show
+from minicode.runtime.session import save_checkpoint, stop_signals, summarise
 from minicode.study.machine import accuracies
 
 
 def learning_rate(config, step):
-    """Two phases, dense and with codebooks, each a cosine from its peak to a tenth of it; the first warms up."""
-    start, end, peak = 0, config.dense_steps, config.lr
-    if step >= end:
-        start, end = end, config.steps
-        peak *= config.codebook_lr if start else 1.0
-    cosine = 0.5 * (1 + math.cos(math.pi * (step - start) / (end - start)))
-    return peak * (0.1 + 0.9 * cosine) * min(1, (step + 1) / min(100, config.steps))
+    """Two cosines from a peak to a tenth: dense, and with codebooks. The first has a warm-up."""
+    dense = step < config.dense_steps
+    start = 0 if dense else config.dense_steps
+    end = config.dense_steps if dense else config.steps
+    peak = config.lr * config.codebook_lr if start > 0 else config.lr
+    angle = math.pi * (step - start) / (end - start)
+    cosine = 0.5 * (1 + math.cos(angle))
+    warm_up = min(1, (step + 1) / min(100, config.steps))
+    return peak * (0.1 + 0.9 * cosine) * warm_up
 
 
 def batch(config, data, device, *key):
-    """Inputs and targets (B, T) of a step."""
+    """Inputs and targets (B, T), which follow from the seed and the key."""
     rng = np.random.default_rng((config.seed, *key))
-    tokens = torch.from_numpy(data.sequences(rng, config.batch_size, config.block_size + 1)).to(
-        device, non_blocking=True
-    )
+    sequences = data.sequences(rng, config.batch_size, config.block_size + 1)
+    tokens = torch.from_numpy(sequences).to(device, non_blocking=True)
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def start_codebooks(model, config, data, generator):
-    """Starts each codebook by k-means on what reaches it: in order, so that later ones see quantised inputs."""
-    for codebook in tqdm(model.codebooks().values(), desc="k-means", leave=False, disable=None):
-        n_inputs, inputs = 32 * max(codebook.n_codes, 1024), []
-        hook = codebook.register_forward_pre_hook(
-            lambda module, args: inputs.append(args[0].flatten(0, -2))
-        )
-        with evaluating(model), hook:
-            while sum(map(len, inputs)) < n_inputs:
-                model(batch(config, data, model.device, 1, len(inputs))[0])
+def active_codebooks(model):
+    """The codebooks that are in use, by name."""
+    codebooks = model.codebooks().items()
+    return {name: codebook for name, codebook in codebooks if codebook.enabled}
+
+
+def start_codebooks(session, generator):
+    """Starts each codebook by k-means on what reaches it, in order: on sums of earlier codes."""
+    config = session.config
+    model = session.model
+    processes.first(write_tensors, session.folder / "dense.pt", model.state_dict())
+    say("starting the codebooks by k-means")
+    inputs = []  # of the codebook whose turn it is
+
+    def keep_input(codebook, arguments):
+        inputs.append(arguments[0].flatten(0, -2))
+
+    for codebook in bar(model.codebooks().values(), desc="k-means", leave=False):
+        n_inputs = 32 * max(codebook.n_codes, 1024)
+        n_batches = math.ceil(n_inputs / (config.batch_size * config.block_size))
+        inputs.clear()
+        with evaluating(model), codebook.register_forward_pre_hook(keep_input):
+            for i in range(n_batches):
+                x, _ = batch(config, session.data, model.device, 1, i)
+                model(x)
         codebook.enabled = True
         codebook.start(torch.cat(inputs)[:n_inputs], generator=generator)
 
 
 def train_step(model, forward, optimizer, config, step, data):
-    """One step of the optimizer and of the codebooks; returns the loss of this process, a tensor."""
+    """One step of the optimizer and of the codebooks; returns this process's loss, a tensor.
+
+    forward: the model as it is called, compiled or wrapped.
+    """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
     optimizer.zero_grad()
-    codebooks = {
-        codebook: () for codebook in model.codebooks().values() if codebook.enabled
-    }  # and their inputs
-    x, y = (
-        processes.my_rows(tokens).chunk(config.accumulate)
-        for tokens in batch(config, data, model.device, 0, step)
-    )
-    losses = []
-    for part_x, part_y in zip(x, y):
-        with processes.keep_gradients(forward, wanted=len(losses) + 1 < len(x)):
-            with torch.autocast(
-                part_x.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"
-            ):
-                _, loss = forward(part_x, part_y)
-            pull = sum(
-                config.autoencoding * c.autoencoding + config.commitment * c.commitment
-                for c in codebooks
-            )
-            ((loss + pull) / len(x)).backward()
-        losses.append(loss.detach())
-        codebooks = {codebook: inputs + codebook.inputs for codebook, inputs in codebooks.items()}
+    x, y = batch(config, data, model.device, 0, step)
+    half = config.dtype == "bfloat16"
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+        _, loss = forward(processes.my_rows(x), processes.my_rows(y))
+    pull = 0
+    for codebook in active_codebooks(model).values():
+        moves_codes = config.autoencoding * codebook.autoencoding
+        holds_activations = config.commitment * codebook.commitment
+        pull = pull + (moves_codes + holds_activations)
+    (loss + pull).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    for codebook, inputs in codebooks.items():
-        codebook.inputs = inputs
-        codebook.update()
-    return sum(losses) / len(x)
+    return loss.detach()
 
 
 def evaluate(model, data, seed, n):
-    """The measures of a model on n fresh sequences, by the names of design.md: a dict, ready for JSON."""
+    """The measures of a model on n fresh sequences, by the names of design.md, ready for JSON."""
     tokens = data.held_out(np.random.default_rng((seed, 2)), n, model.config.block_size + 1)
-    loss = accuracy = 0.0
-    counts = {name: torch.zeros_like(c.usage) for name, c in model.codebooks().items() if c.enabled}
+    codebooks = active_codebooks(model)
+    counts = {name: torch.zeros_like(codebook.usage) for name, codebook in codebooks.items()}
+    loss = 0.0
+    accuracy = 0.0
     for part in torch.from_numpy(tokens).to(model.device).split(64):
-        with evaluating(model), record(model) as codes:
-            logits, part_loss = model(part[:, :-1], part[:, 1:])
+        targets = part[:, 1:]
+        with evaluating(model):
+            logits, part_loss = model(part[:, :-1], targets)
+        right = (logits.argmax(-1) == targets).float().mean()
         loss += part_loss.item() * len(part) / n
-        accuracy += (logits.argmax(-1) == part[:, 1:]).float().mean().item() * len(part) / n
-        for name, ids in codes.items():
-            ids = ids.movedim(2, 0).flatten(1)  # (G, B * T * k)
-            counts[name].scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.float32))
-    result = {"loss": loss, "accuracy": accuracy, **data.measures(tokens, loss)}
+        accuracy += right.item() * len(part) / n
+        for name, codebook in codebooks.items():
+            counts[name] += codebook.count(codebook.ids)
+    figures = {"loss": loss, "accuracy": accuracy, **data.measures(tokens, loss)}
     if isinstance(data, FSM):
-        result |= accuracies(data, model, seed)
+        figures |= accuracies(data, model, seed)
     if counts:
-        dead = {name: (count == 0).float() for name, count in counts.items()}
-        result["dead_code_fraction"] = torch.cat([d.flatten() for d in dead.values()]).mean().item()
-        result["sites"] = {name: {"dead_code_fraction": d.mean().item(), "perplexity": perplexity(counts[name]).mean().item()}
-                           for name, d in dead.items()}  # fmt: skip
-    return result
+        figures |= codes_in_use(counts)
+    return figures
+
+
+def codes_in_use(counts):
+    """The share of codes never chosen, in all and by site, from {site: how often each was}."""
+
+    def dead(count):
+        return (count == 0).float().mean().item()
+
+    sites = {}
+    for name, count in counts.items():
+        evenness = perplexity(count).mean().item()
+        sites[name] = {"dead_code_fraction": dead(count), "perplexity": evenness}
+    every = torch.cat([count.flatten() for count in counts.values()])
+    return {"dead_code_fraction": dead(every), "sites": sites}
 
 
 def train(session):
-    """Trains to the end and returns the summary (rank 0); or None, with a checkpoint, when a signal stops it.
+    """Trains to the end; returns the summary (on rank 0, else {}), or None if a signal stops it.
 
-    Raises FloatingPointError when the loss is no number any more, OSError on a full disk; the last checkpoint stays.
+    A stopped run has a checkpoint. Raises FloatingPointError when the weights are no numbers any
+    more, OSError on a full disk; the last checkpoint stays.
     """
-    config, data, model = session.config, session.data, session.model
-    fast = torch.compile(model) if config.compile else model
-    waiting = not all(codebook.enabled for codebook in model.codebooks().values())
-    forward = processes.wrap(fast, unused=waiting)
+    config = session.config
+    model = session.model
+    forward = wrapped(session)
     began = time.monotonic() - session.seconds
     model.train()
-    quiet = processes.rank() > 0 or None
-    with (
-        stop_signals() as stop,
-        tqdm(total=config.steps, initial=session.step, unit="step", disable=quiet) as bar,
-    ):
+    steps_bar = bar(total=config.steps, initial=session.step, unit="step")
+    with stop_signals() as stop, steps_bar:
         for step in range(session.step, config.steps):
-            generator = torch.Generator(model.device).manual_seed(
-                (config.seed * 1_000_003 + step) % 2**63
-            )
+            seed = config.seed * 1_000_003 + step
+            generator = torch.Generator(model.device).manual_seed(seed % 2**63)
             if step == config.dense_steps and step > 0:
-                processes.first(
-                    write_tensors, session.folder / "dense.pt", model.state_dict()
-                )  # before codebooks change it
-                start_codebooks(model, config, data, generator)
-                forward = processes.wrap(fast, unused=False)
-            loss = train_step(model, forward, session.optimizer, config, step, data)
+                start_codebooks(session, generator)
+                forward = wrapped(session)
+
+            loss = train_step(model, forward, session.optimizer, config, step, session.data)
             loss, stopped = processes.agree(loss, bool(stop))
-            done = step + 1
-            revival, checkpoint = (
-                config.revival_is_due(done),
-                done % config.checkpoint_every == 0 or done == config.steps or stopped,
-            )
-            to_keep = checkpoint or config.evaluation_is_due(done)
-            if (
-                done % 10 == 0 or revival or to_keep
-            ) and not loss.isfinite():  # not at each step: to look is to wait for the GPU
-                raise FloatingPointError(
-                    f"the loss is {loss.item()} at step {done}: try a lower --lr than {config.lr}"
-                )
-            if revival:
+            session.step = step + 1
+            session.seconds = time.monotonic() - began
+
+            revive = config.revival_is_due(session.step)
+            to_keep = config.checkpoint_is_due(session.step) or stopped
+            if revive or to_keep:
+                check_weights(session)
+            if revive:
                 for codebook in model.codebooks().values():
                     codebook.revive(session.optimizer, generator=generator)
-            session.step, session.seconds = done, time.monotonic() - began
             if to_keep:
-                processes.first(keep, session, checkpoint)
-            bar.update()
-            if stopped and done < config.steps:
+                processes.first(keep, session)
+            show(steps_bar, session, loss)
+            if stopped and session.step < config.steps:
                 return None
-            if bar.n % 10 == 0 and not bar.disable:
-                last = f"  (at {describe(session.metrics[-1])})" if session.metrics else ""
-                bar.set_postfix_str(f"loss {loss.item():.3f}{last}")
     return processes.first(summarise, session) or {}
 
 
-def keep(session, checkpoint):
-    """Evaluates, if it is time to, and saves what there is so far, but no weights that are no numbers."""
-    config, done = session.config, session.step
+def wrapped(session):
+    """The model as a step calls it: compiled if that is asked for, in step with other processes."""
+    model = session.model
+    waiting = len(active_codebooks(model)) < len(model.codebooks())
+    forward = torch.compile(model) if session.config.compile else model
+    return processes.wrap(forward, unused=waiting)
+
+
+def check_weights(session):
+    """FloatingPointError if they are no numbers: they can't be saved, and nothing mends them."""
     if not all(parameter.isfinite().all() for parameter in session.model.parameters()):
-        raise FloatingPointError(
-            f"the weights are no numbers after step {done}: try a lower --lr than {config.lr}"
-        )
+        lower = f"try a lower --lr than {session.config.lr}"
+        raise FloatingPointError(f"the weights are no numbers after step {session.step}: {lower}")
+
+
+def keep(session):
+    """Evaluates, if it is time to, and saves what there is so far."""
+    config = session.config
+    done = session.step
     if config.evaluation_is_due(done):
-        figures = evaluate(
-            session.model, session.data, config.seed, n=256 if done < config.steps else 1024
-        )
-        session.metrics.append(
-            {"step": done, "tokens": done * config.batch_size * config.block_size, **figures}
-        )
-        write(
-            session.folder / "metrics.jsonl",
-            "".join(json.dumps(line) + "\n" for line in session.metrics),
-        )
+        n = 256 if done < config.steps else 1024
+        figures = evaluate(session.model, session.data, config.seed, n)
+        tokens = done * config.batch_size * config.block_size
+        session.metrics.append({"step": done, "tokens": tokens, **figures})
         tqdm.write(describe(session.metrics[-1]))
         sys.stdout.flush()  # for a log, which has no bar
-    if checkpoint:  # is train_state.pt alone, so that it can't be half old and half new; model.pt is there to be read
-        weights, moments = session.model.state_dict(), session.optimizer.state_dict()["state"]
-        write_tensors(
-            session.folder / "model.pt", weights
-        )  # first: a kill in between is made up for by resuming
-        state = {"step": done, "seconds": session.seconds, "model": weights, "optimizer": moments}
-        write_tensors(session.folder / "train_state.pt", state)
+    save_checkpoint(session)

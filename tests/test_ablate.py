@@ -8,69 +8,107 @@ from test_train import refusal
 
 from minicode import Codebook, ablate
 from minicode.ablate import main
+from minicode.study import ideas
+from minicode.train_fsm import main as train_fsm
 
 
-@torch.no_grad()
 def test_rotation_hands_on_q_and_turns_the_gradient():
     torch.manual_seed(0)
-    a, q = (
-        torch.randn(5, 8, dtype=torch.float64, requires_grad=True),
-        torch.randn(5, 8, dtype=torch.float64),
-    )
-    with torch.enable_grad():
-        out = ablate.rotation(None, a, q)
-        grad = torch.randn(5, 8, dtype=torch.float64)
-        out.backward(grad)
+    a = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    q = torch.randn(5, 8, dtype=torch.float64)
+    grad = torch.randn(5, 8, dtype=torch.float64)
+    out = ideas.rotation(None, a, q)
+    out.backward(grad)
     torch.testing.assert_close(out, q)
-    for i in range(
-        5
-    ):  # the map is linear in a, takes a to q, and keeps angles: its columns are orthogonal, of one length
+    for i in range(5):
+        one_q = q[i]
+        one_a = a[i].detach()
         matrix = torch.autograd.functional.jacobian(
-            lambda x, i=i: ablate.rotation(None, x[None], q[i : i + 1])[0], a[i].detach()
+            lambda x, one_q=one_q: ideas.rotation(None, x, one_q), one_a
         )
-        torch.testing.assert_close(matrix @ a[i], q[i])
-        torch.testing.assert_close(
-            matrix @ matrix.T, (q[i].norm() / a[i].norm()) ** 2 * torch.eye(8, dtype=torch.float64)
-        )
+        # It takes a to q, and keeps angles: its columns are orthogonal, of one length.
+        torch.testing.assert_close(matrix @ one_a, one_q)
+        length = one_q.norm() / one_a.norm()
+        identity = torch.eye(8, dtype=torch.float64)
+        torch.testing.assert_close(matrix @ matrix.T, length**2 * identity)
         torch.testing.assert_close(a.grad[i], matrix.T @ grad[i])
 
 
 def test_random_inputs_are_inputs():
-    book, x = Codebook(6, 4, groups=2), torch.randn(50, 8)
-    ablate.start_at_random(book, x)
-    assert all(
-        (x.view(50, 2, 4)[:, group] == code).all(1).any()
-        for group in range(2)
-        for code in book.codes[group]
-    )
+    book = Codebook(6, 4, groups=2)
+    x = torch.randn(50, 8)
+    ideas.start_at_random(book, x)
+    inputs = x.view(50, 2, 4)
+    for group in range(2):
+        for code in book.codes[group]:
+            assert (inputs[:, group] == code).all(1).any()
 
 
 def test_k_falls_from_4_to_1_while_it_is_trained():
-    book, x = Codebook(6, 4, similarity="distance"), torch.randn(50, 4)
-    ablate.start_with_four(book, x)
-    assert (
-        ablate.one_less(book, x) == book.sum_codes(book.ids)[0].flatten(-2)
-    ).all() and book.ids.shape == (50, 1, 4)
+    book = Codebook(6, 4, similarity="distance")
+    x = torch.randn(50, 4)
+    ideas.start_with_four(book, x)
+    out = ideas.one_less(book, x)
+    assert book.ids.shape == (50, 1, 4)
+    assert (out == book.sum_codes(book.ids).flatten(-2)).all()
+
     book.batches = 598
-    ks = [ablate.one_less(book, x) is not None and book.k for _ in range(3)]
-    ablate.one_less(book.eval(), x)
-    assert ks == [2, 1, 1] and (book.k, book.batches) == (1, 601)
+    ks = []
+    for _ in range(3):
+        ideas.one_less(book, x)
+        ks.append(book.k)
+    assert ks == [2, 1, 1]
+    ideas.one_less(book.eval(), x)
+    assert book.batches == 601
+    assert book.k == 1
 
 
-def test_table_is_made_once(tmp_path, monkeypatch, capsys):
-    flags = ["--out", str(tmp_path), "--seeds", "1", "--steps", "2", "LayerNorm in front"]
+def test_every_replaced_method_is_of_an_idea_and_of_codebook():
+    for idea, methods in ideas.REPLACED.items():
+        assert idea in ideas.IDEAS
+        for name in methods:
+            assert hasattr(Codebook, name)
+
+
+@pytest.mark.parametrize("idea", ideas.IDEAS)
+def test_the_flags_of_an_idea_are_flags(idea, tmp_path, capsys):
+    flags = ideas.IDEAS[idea].split()
+    line = refusal(train_fsm, "--out", str(tmp_path), *flags, "--steps", "0", capsys=capsys)
+    assert "steps must be at least 1" in line
+
+
+SMALL = (
+    "--n-states 16 --n-edges 3 --base 4 --n-layer 1 --n-head 2 --n-embd 16 --block-size 12 "
+    "--n-codes 32 --n-codes-head 8"
+)
+
+
+def test_a_table_with_a_method_replaced_is_made_once(tmp_path, monkeypatch, capsys):
+    used = []
+
+    def start(self, inputs, generator=None):
+        used.append(self)
+        ideas.START(self, inputs, generator=generator)
+
+    monkeypatch.setitem(ideas.IDEAS, "a small one", SMALL)
+    monkeypatch.setitem(ideas.REPLACED, "a small one", {"start": start})
+    before = Codebook.start
+    flags = ["--out", str(tmp_path), "--seeds", "1", "--steps", "2", "a small one"]
     main(flags)
-    table = capsys.readouterr().out.splitlines()[-1:]
-    assert table[0].startswith("| LayerNorm in front `--layer-norm` | 2.")
-    figures = json.loads((tmp_path / "LayerNorm-in-front-0" / "ablation.json").read_text())
-    assert 0 <= figures["control_mlp"] <= 1 and figures["step"] == 2
+    assert len(used) == 2  # head and mlp of one layer
+    assert Codebook.start is before
+    head, rule, row = capsys.readouterr().out.splitlines()[-3:]
+    assert head == "| idea | loss | transition accuracy | dead codes | control, MLPs |"
+    assert rule == "|---|---|---|---|---|"
+    figures = json.loads((tmp_path / "a-small-one-0" / "ablation.json").read_text())
+    loss = f"{figures['loss']:.3f}"
+    assert row.startswith(f"| a small one `{SMALL}` | {loss} ({loss} to {loss}) | ")
+    assert 0 <= figures["control_mlp"] <= 1
+    assert figures["step"] == 2
+
     monkeypatch.setattr(ablate, "train_fsm", lambda argv: pytest.fail("trained again"))
     main(flags)
-    assert capsys.readouterr().out.splitlines() == [
-        "| idea | loss | transition accuracy | dead codes | control, MLPs |",
-        "|---|---|---|---|---|",
-        *table,
-    ]
+    assert capsys.readouterr().out.splitlines() == [head, rule, row]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +116,8 @@ def test_table_is_made_once(tmp_path, monkeypatch, capsys):
     [
         (["magic"], "there is no idea 'magic'; there are: the default"),
         (["--seeds", "0"], "must be at least 1"),
+        (["--steps", "0"], "must be at least 1"),
     ],
 )
-def test_bad_input_ends_in_one_line(flags, words, capsys):
-    assert words in refusal(main, *flags, capsys=capsys)
+def test_bad_input_ends_in_one_line(flags, words, tmp_path, capsys):
+    assert words in refusal(main, "--out", str(tmp_path), *flags, capsys=capsys)

@@ -1,4 +1,4 @@
-"""README.md and tutorial.md: their code runs, their map is true, and the project keeps its budget of lines."""
+"""README.md and tutorial.md: their code runs and prints what they say; their map is true."""
 
 import json
 import re
@@ -20,14 +20,13 @@ from minicode.train_fsm import main as train_fsm
 from minicode.train_text import main as train_text
 
 ROOT = Path(__file__).parent.parent
-PYTHON = sorted((ROOT / "minicode").glob("*.py"))
-LITTLE = "--steps 2 --batch-size 4 --n-embd 32 --n-codes-head 16 --k 2".split()
+LITTLE = ["--steps", "2", "--batch-size", "4", "--n-embd", "32", "--n-codes-head", "16", "--k", "2"]
 FIGURES = dict.fromkeys(("before", "after", "random", "perplexity_before", "perplexity_after"), 0.5)
 STEERING = {
     "topics": {"dragon": {**FIGURES, "codes": ["head.0.0.3", "head.1.2.5"]}},
     "mean": FIGURES,
 }
-QUICK = "--steps 12 --batch-size 64 --eval-every 12 --device cpu".split()
+QUICK = ["--steps", "12", "--batch-size", "64", "--eval-every", "12", "--device", "cpu"]
 
 
 def blocks(name, language):
@@ -47,35 +46,33 @@ def default_run(tmp_path_factory):
 NUMBER = re.compile(r"-?\d+\.?\d*")
 
 
-def assert_alike(printed, expected):
-    """The same text, and numbers that differ by no more than another processor's rounding can change in training."""
+def assert_alike(printed, expected, tolerance):
+    """The same text, and numbers that differ by no more than that; whole ones not at all."""
     assert NUMBER.sub("#", printed) == NUMBER.sub("#", expected)
     for got, wanted in zip(NUMBER.findall(printed), NUMBER.findall(expected)):
-        tolerance = 0.15 if "." in wanted else 0
-        assert abs(float(got) - float(wanted)) <= tolerance, (got, wanted, printed)
+        most = tolerance if "." in wanted else 0
+        assert abs(float(got) - float(wanted)) <= most, (got, wanted, printed)
 
 
-@pytest.mark.parametrize("name", ["README.md", "tutorial.md"])
+# In the tutorial another processor's rounding may change what training comes to; the README's run
+# takes too long for a test, so that of its figures only the form is compared.
+@pytest.mark.parametrize("name, tolerance", [("README.md", 1), ("tutorial.md", 0.15)])
 def test_python_blocks_run_in_order_and_print_what_stands_below(
-    name, default_run, tmp_path, monkeypatch, capsys
+    name, tolerance, default_run, tmp_path, monkeypatch, capsys
 ):
     shutil.copytree(default_run, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     namespace = {}
-    pairs = re.findall(
-        r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```)?",
-        (ROOT / name).read_text(),
-        flags=re.M | re.S,
-    )
+    block_and_output = r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```)?"
+    pairs = re.findall(block_and_output, (ROOT / name).read_text(), flags=re.M | re.S)
     assert pairs
     for block, expected in pairs:
         capsys.readouterr()
         exec(compile(block, name, "exec"), namespace)
-        lines = expected.splitlines()
-        if lines:  # what a training command prints before is left out
-            assert_alike(
-                "\n".join(capsys.readouterr().out.splitlines()[-len(lines) :]), "\n".join(lines)
-            )
+        n_lines = len(expected.splitlines())
+        if n_lines:  # what a training command prints before is left out
+            printed = capsys.readouterr().out.splitlines(keepends=True)
+            assert_alike("".join(printed[-n_lines:]), expected, tolerance)
 
 
 COMMANDS = {  # how each is cut short
@@ -89,7 +86,7 @@ COMMANDS = {  # how each is cut short
 
 @pytest.mark.parametrize("name", ["README.md", "tutorial.md"])
 def test_commands_are_accepted(name, default_run, tmp_path, monkeypatch):
-    """Each command as it stands, but training is cut short and goes elsewhere, and measures are of little."""
+    """Each command as it stands; but training is cut short and goes elsewhere."""
     monkeypatch.setattr(topics, "N_SEQUENCES", 8)
     monkeypatch.setattr(topics, "steering_table", lambda *args: STEERING)
     monkeypatch.setattr(
@@ -97,13 +94,8 @@ def test_commands_are_accepted(name, default_run, tmp_path, monkeypatch):
     )
     shutil.copytree(default_run, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    lines = [line for block in blocks(name, "sh") for line in block.splitlines()]
-    commands = [
-        command.strip()
-        for line in lines
-        for command in line.split("&&")
-        if command.strip().startswith("python -m minicode.")
-    ]
+    lines = "\n".join(blocks(name, "sh")).replace("&&", "\n").splitlines()
+    commands = [line.strip() for line in lines if line.strip().startswith("python -m minicode.")]
     assert commands
     for i, command in enumerate(dict.fromkeys(commands)):
         _, _, module, *flags = shlex.split(command, comments=True)
@@ -119,23 +111,27 @@ def test_pictures_are_there_small_and_described():
         pictures = re.findall(r'<img src="(assets/\w+\.svg)" width="\d+" alt="([^"]{40,})">', text)
         assert len(pictures) == text.count("<img ") >= 1
         for path, _ in pictures:
-            assert (ROOT / path).stat().st_size < 120_000 and "prefers-color-scheme:dark" in (
-                ROOT / path
-            ).read_text()
+            picture = (ROOT / path).read_text()
+            assert len(picture) < 120_000
+            assert "prefers-color-scheme:dark" in picture
+
+
+def anchors(text):
+    """Of the headings of a page, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.*)$", text, flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
 def test_links_lead_somewhere():
-    for name in ("README.md", "tutorial.md"):
+    for name in ("README.md", "tutorial.md", "csrc/README.md"):
         for target in re.findall(r"\]\(([^)]+)\)", (ROOT / name).read_text()):
             path, _, anchor = target.partition("#")
             if path.startswith("http"):
                 continue
-            assert (ROOT / (path or name)).exists(), target
+            there = (ROOT / name).parent / path if path else ROOT / name
+            assert there.exists(), target
             if anchor:
-                heads = re.findall(r"^#+ (.*)$", (ROOT / (path or name)).read_text(), flags=re.M)
-                assert anchor in {
-                    re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads
-                }, target
+                assert anchor in anchors(there.read_text()), target
 
 
 def test_set_up_and_test_commands_are_there():
@@ -147,30 +143,15 @@ def test_set_up_and_test_commands_are_there():
     assert "python -m minicode.train_fsm" in first and "python -m pytest" in second
 
 
-def test_map_of_the_files_is_true():
-    rows = re.findall(
-        r"^\| `(minicode/\w+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text(), flags=re.M
-    )
-    lines = {
-        f"minicode/{path.name}": len(path.read_text().splitlines())
-        for path in PYTHON
-        if path.name != "__init__.py"
-    }
-    assert {name: int(n) for name, n in rows} == lines
-    place = {name.removesuffix(".py").replace("/", "."): i for i, (name, _) in enumerate(rows)}
-    for name, i in place.items():  # every file imports only files that stand before it
-        text = (ROOT / (name.replace(".", "/") + ".py")).read_text()
-        assert all(
-            place[other] < i
-            for other in re.findall(r"^from (minicode\.\w+) import", text, flags=re.M)
-        )
-
-
-def test_budget_of_lines():
-    lines = {path.name: len(path.read_text().splitlines()) for path in [*PYTHON, ROOT / "setup.py"]}
-    assert max(lines.values()) <= 350 and sum(lines.values()) <= 3834
-    native = [path for path in (ROOT / "csrc").glob("*") if path.is_file()]
-    assert sum(len(path.read_text().splitlines()) for path in native) <= 1026
+def test_the_front_page_is_one_and_its_map_is_true():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 130
+    named = set(re.findall(r"\b(\w+)\.py\b", text))
+    there = {path.stem for path in (ROOT / "minicode").glob("*.py")} - {"__init__", "__main__"}
+    assert named == there
+    for room in (path for path in (ROOT / "minicode").iterdir() if path.is_dir()):
+        if any(room.glob("*.py")):
+            assert f"(minicode/{room.name})" in text
 
 
 def test_set_up_imports_no_torch_and_importing_minicode_is_quiet():

@@ -9,6 +9,7 @@ from conftest import make_model
 
 from minicode import FSM, GPT, GPTConfig
 from minicode.study.machine import (
+    control,
     copy_codes,
     first_transition_accuracy,
     jsd,
@@ -22,11 +23,13 @@ from minicode.study.machine import (
 
 def test_sequences_follow_the_machine(fsm):
     tokens = fsm.sequences(np.random.default_rng(0), 200, 12)
-    assert (
-        tokens.shape == (200, 12) and tokens.dtype == np.int64 and (tokens[:, 0] == fsm.bos).all()
-    )
+    assert tokens.shape == (200, 12)
+    assert tokens.dtype == np.int64
+    assert (tokens[:, 0] == fsm.bos).all()
     states = fsm.decode(tokens[:, 1:])
-    assert states.shape == (200, 5) and states.min() >= 0 and fsm.allowed(states).all()
+    assert states.shape == (200, 5)
+    assert states.min() >= 0
+    assert fsm.allowed(states).all()
     assert set(states[:, 0]) == set(range(16))
     np.testing.assert_allclose(fsm.transition_matrix.sum(1), 1)
     assert ((fsm.transition_matrix > 0).sum(1) == 3).all()
@@ -34,9 +37,12 @@ def test_sequences_follow_the_machine(fsm):
 
 def test_default_is_the_papers_machine():
     fsm = FSM()
-    assert fsm.transition_matrix.shape == (100, 100) and fsm.vocab_size == 11
-    assert fsm.encode(38).tolist() == [3, 8] and fsm.encode([7]).tolist() == [[0, 7]]
-    assert FSM().to_json() == fsm.to_json() != FSM(seed=1).to_json()
+    assert fsm.transition_matrix.shape == (100, 100)
+    assert fsm.vocab_size == 11
+    assert fsm.encode(38).tolist() == [3, 8]
+    assert fsm.encode([7]).tolist() == [[0, 7]]
+    assert fsm == FSM()
+    assert fsm != FSM(seed=1)
 
 
 @pytest.mark.parametrize("n_states, base", [(16, 4), (10, 10), (9, 2), (100, 10), (30, 3)])
@@ -49,18 +55,19 @@ def test_decode_undoes_encode(n_states, base):
 def test_decode_marks_what_is_no_state():
     fsm = FSM(90, 2, 10)
     assert fsm.decode([3, 8, 9, 0, 10, 1, 5]).tolist() == [38, -1, -1]
-    assert fsm.allowed(np.array([38, -1, int(fsm.successors[0, 0])])).tolist() == [False, False]
+    states = np.array([38, -1, int(fsm.successors[0, 0])])
+    assert fsm.allowed(states).tolist() == [False, False]
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5])
 def test_loss_floor_against_enumeration_of_all_sequences(length):
-    """A machine of 5 states in base 3, whose sequences of up to 5 tokens can all be listed with their probabilities."""
+    """A machine so small that all its sequences can be listed with their probabilities."""
     fsm = FSM(5, 2, 3)
     n = -(-length // fsm.digits)
     of_prefix = {}
     for states in itertools.product(range(5), repeat=n):
         p = 1 / 5
-        for before, after in zip(states, states[1:]):
+        for before, after in itertools.pairwise(states):
             p *= fsm.transition_matrix[before, after]
         digits = tuple(fsm.encode(np.array(states)).reshape(-1)[:length])
         of_prefix[digits] = of_prefix.get(digits, 0) + p
@@ -73,44 +80,38 @@ class Perfect(torch.nn.Module):
 
     def __init__(self, fsm, block_size=12):
         super().__init__()
-        self.fsm, self.config, self.device = (
-            fsm,
-            GPTConfig(block_size=block_size),
-            torch.device("cpu"),
-        )
+        self.fsm = fsm
+        self.config = GPTConfig(block_size=block_size)
+        self.device = torch.device("cpu")
 
     def forward(self, tokens):
-        fsm, (n, length) = self.fsm, tokens.shape
-        p = torch.full((n, length, fsm.vocab_size), 1e-9)
-        digits = fsm.encode(np.arange(fsm.n_states))
-        for i in range(n):
-            for t in range(length):
-                whole, part = divmod(t, fsm.digits)
-                end = 1 + whole * fsm.digits
-                before = fsm.decode(tokens[i, end - fsm.digits : end].numpy())[0] if whole else None
-                row = (
-                    fsm.transition_matrix[before]
-                    if whole
-                    else np.full(fsm.n_states, 1 / fsm.n_states)
-                )
-                fits = (digits[:, :part] == tokens[i, end : end + part].numpy()).all(1)
-                for state in np.flatnonzero(fits):
-                    p[i, t, digits[state, part]] += row[state]
+        n, length = tokens.shape
+        p = torch.full((n, length, self.fsm.vocab_size), 1e-9)
+        for i, t in itertools.product(range(n), range(length)):
+            self.add(p[i, t], tokens[i, : t + 1].numpy())
         return p.log(), None
 
+    def add(self, p, tokens):
+        """Adds to p (vocab_size) the probability of each token after a sequence."""
+        fsm = self.fsm
+        digits = fsm.encode(np.arange(fsm.n_states))
+        whole, part = divmod(len(tokens) - 1, fsm.digits)
+        end = 1 + whole * fsm.digits
+        next_state = np.full(fsm.n_states, 1 / fsm.n_states)
+        if whole:
+            before = fsm.decode(tokens[end - fsm.digits : end])[0]
+            next_state = fsm.transition_matrix[before]
+        fits = (digits[:, :part] == tokens[end:]).all(1)
+        for state in np.flatnonzero(fits):
+            p[digits[state, part]] += next_state[state]
 
-def test_next_state_probabilities_of_a_perfect_model(fsm):
-    np.testing.assert_allclose(
-        next_state_probabilities(fsm, Perfect(fsm)), fsm.transition_matrix, atol=1e-6
-    )
-    assert first_transition_accuracy(fsm, Perfect(fsm)) == 1.0
 
-
-def test_three_digits_as_well():
-    fsm = FSM(27, 4, 3)
-    np.testing.assert_allclose(
-        next_state_probabilities(fsm, Perfect(fsm)), fsm.transition_matrix, atol=1e-6
-    )
+@pytest.mark.parametrize("machine", [FSM(16, 3, 4), FSM(27, 4, 3)], ids=["2 digits", "3 digits"])
+def test_next_state_probabilities_of_a_perfect_model(machine):
+    model = Perfect(machine)
+    p = next_state_probabilities(machine, model)
+    np.testing.assert_allclose(p, machine.transition_matrix, atol=1e-6)
+    assert first_transition_accuracy(machine, model) == 1.0
 
 
 def test_first_transition_accuracy_against_brute_force(fsm):
@@ -123,136 +124,148 @@ def test_first_transition_accuracy_against_brute_force(fsm):
             with torch.no_grad():
                 log_p = model(tokens)[0][0].log_softmax(-1)
             probability[after] = sum(log_p[2 + i, tokens[0, 3 + i]].item() for i in range(2))
-        overlap += len(set(np.argsort(-probability)[:3]) & set(fsm.successors[s])) / 3
+        best = set(np.argsort(-probability)[:3])
+        overlap += len(best & set(fsm.successors[s])) / 3
     assert first_transition_accuracy(fsm, model) == pytest.approx(overlap / 16)
 
 
 def test_transition_accuracy_counts_the_allowed(fsm):
     class Script:
-        config, device = GPTConfig(block_size=8), torch.device("cpu")
+        config = GPTConfig(block_size=8)
+        device = torch.device("cpu")
 
         def generate(self, start, n, generator):
-            assert start.shape == (100, 1) and (start == fsm.bos).all() and n == 8
-            good = [0, fsm.successors[0, 0], fsm.successors[fsm.successors[0, 0], 1]]
-            bad = next(s for s in range(16) if s not in fsm.successors[good[-1]])
-            row = torch.tensor([fsm.bos, *fsm.encode([*good, bad]).reshape(-1)])
+            assert start.shape == (100, 1)
+            assert (start == fsm.bos).all()
+            assert n == 8
+            second = fsm.successors[0, 0]
+            third = fsm.successors[second, 1]
+            bad = next(s for s in range(16) if s not in fsm.successors[third])
+            row = torch.tensor([fsm.bos, *fsm.encode([0, second, third, bad]).reshape(-1)])
             return row.repeat(100, 1)
 
     assert transition_accuracy(fsm, Script()) == pytest.approx(2 / 3)
 
 
-def test_control_of_a_model_that_is_its_codes():
-    """One layer whose `block` codebook is the only way from input to output: forcing b's codes is being in b."""
+# -- control
+
+
+@pytest.fixture
+def small():
+    """A machine small enough for all its pairs of states, forty times."""
+    return FSM(9, 2, 3)
+
+
+@pytest.fixture
+def its_codes(small):
+    """A model that is its codes: one layer, whose `block` codebook is the only way to the output.
+
+    There is a code for every input, so that to force the codes of b is to be in b.
+    """
     torch.manual_seed(0)
-    fsm = FSM(9, 2, 3)
-    model = GPT(
-        GPTConfig(
-            vocab_size=4,
-            block_size=8,
-            n_layer=1,
-            n_head=1,
-            n_embd=8,
-            codebooks="block",
-            n_codes=400,
-        )
-    ).eval()
-    runs = fsm.runs(range(9))
-    every = torch.cat([torch.cat((runs, torch.full((9, 1), digit)), dim=1) for digit in range(4)])
-    codebook, inputs = model.codebooks()["block.0"], []
-    hook = codebook.register_forward_pre_hook(
-        lambda module, args: inputs.append(args[0].flatten(0, 1))
-    )
-    with torch.no_grad():
-        model(every)
-        hook.remove()
-        with torch.no_grad():
-            codebook.codes[0, : len(inputs[0])] = inputs[0]
-    free = next_state_probabilities(fsm, model)
-    expected = np.mean(
-        [
-            (free[b] * (fsm.transition_matrix[b] > 0)).sum()
-            for b in range(9)
-            for a in range(9)
-            if a != b
-        ]
-    )
-    (a, b), generator = pairs(fsm), torch.Generator().manual_seed(0)
+    shape = {"n_layer": 1, "n_head": 1, "n_embd": 8, "codebooks": "block", "n_codes": 400}
+    model = GPT(GPTConfig(vocab_size=4, block_size=8, **shape)).eval()
+    runs = small.runs(range(9))
+    every = [torch.cat((runs, torch.full((9, 1), digit)), dim=1) for digit in range(4)]
+    codebook = model.codebooks()["block.0"]
+    inputs = []
+    hook = codebook.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    with torch.no_grad(), hook:
+        model(torch.cat(every))
+        values = inputs[0].flatten(0, 1)
+        codebook.codes[0, : len(values)] = values
+    return model
 
-    def control(sites):
-        rows = [
-            control(fsm, model, fsm.runs(a), b, copy_codes(model, sites), generator)
-            for _ in range(40)
-        ]
-        return {name: np.mean([row[name] for row in rows]) for name in rows[0]}
 
-    measured = control(["block.0"])["control"]
-    assert measured == pytest.approx(expected, abs=0.02)
-    others = np.mean(
-        [
-            (free[a] * (fsm.transition_matrix[b] > 0)).sum()
-            for b in range(9)
-            for a in range(9)
-            if a != b
-        ]
-    )
-    assert control([])["control"] == pytest.approx(others, abs=0.02)
-    # Its last digit read, a run is what its code is: the distributions of the next digit agree, too.
-    for sites, expected in (["block.0"], 0.0), ([], None):
-        _, logits = steer(fsm, model, fsm.runs(a), b, copy_codes(model, sites), generator)
-        (p, q), _ = (pair.softmax(-1) for pair in map(torch.stack, logits))
-        assert (
-            jsd(p, q).mean().item() == pytest.approx(expected, abs=1e-6)
-            if sites
-            else jsd(p, q).mean() > 0.001
-        )
+@pytest.mark.parametrize("sites", [["block.0"], []], ids=["forced", "left alone"])
+def test_control_of_a_model_that_is_its_codes(small, its_codes, sites):
+    free = next_state_probabilities(small, its_codes)
+    follows = small.transition_matrix > 0
+    expected = []
+    for a, b in itertools.permutations(range(9), 2):
+        acts_as = b if sites else a
+        expected.append((free[acts_as] * follows[b]).sum())
+    a, b = pairs(small)
+    intervene = copy_codes(its_codes, sites)
+    generator = torch.Generator().manual_seed(0)
+    measured = []
+    for _ in range(40):
+        figures = control(small, its_codes, small.runs(a), b, intervene, generator)
+        measured.append(figures["control"])
+    assert np.mean(measured) == pytest.approx(np.mean(expected), abs=0.02)
+
+
+def test_forced_distributions_of_a_model_that_is_its_codes(small, its_codes):
+    """Its last digit read, a run is what its code is: so the next digit is as in b's own run."""
+    a, b = pairs(small)
+    for sites in (["block.0"], []):
+        generator = torch.Generator().manual_seed(0)
+        intervene = copy_codes(its_codes, sites)
+        tokens, logits = steer(small, its_codes, small.runs(a), b, intervene, generator)
+        assert tokens.shape == (72, 1 + 2 * small.digits)
+        assert logits.shape == (2, small.digits, 72, small.vocab_size)
+        steered, own = logits[:, 0].softmax(-1)
+        if sites:
+            assert jsd(steered, own).mean().item() == pytest.approx(0, abs=1e-6)
+        else:
+            assert jsd(steered, own).mean() > 0.001
 
 
 def test_divergences_against_their_definitions():
-    p, q = torch.tensor([0.5, 0.25, 0.25, 0.0]), torch.tensor([0.1, 0.2, 0.3, 0.4])
-    assert kl(p, q).item() == pytest.approx(
-        0.5 * np.log(5) + 0.25 * np.log(1.25) + 0.25 * np.log(0.25 / 0.3)
-    )
+    p = torch.tensor([0.5, 0.25, 0.25, 0.0])
+    q = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    expected = 0.5 * np.log(5) + 0.25 * np.log(1.25) + 0.25 * np.log(0.25 / 0.3)
+    assert kl(p, q).item() == pytest.approx(expected)
     middle = [0.3, 0.225, 0.275, 0.2]
-    expected = sum(x * np.log(x / m) for r in (p, q) for x, m in zip(r.tolist(), middle) if x) / 2
-    assert jsd(p, q).item() == pytest.approx(expected) == jsd(q, p).item()
-    assert jsd(p, p).item() == 0 and jsd(
-        torch.tensor([1.0, 0]), torch.tensor([0, 1.0])
-    ).item() == pytest.approx(np.log(2))
+    expected = 0
+    for row in (p, q):
+        for x, m in zip(row.tolist(), middle):
+            expected += x * np.log(x / m) / 2 if x else 0
+    assert jsd(p, q).item() == pytest.approx(expected)
+    assert jsd(q, p).item() == jsd(p, q).item()
+    assert jsd(p, p).item() == 0
+    disjoint = torch.eye(2)
+    assert jsd(*disjoint).item() == pytest.approx(np.log(2))
+
+
+# -- what is known of sequences
 
 
 def test_labels_of_positions(fsm):
     tokens, kinds = fsm.labelled(np.random.default_rng(0), 3, 8)
     assert (tokens == fsm.held_out(np.random.default_rng(0), 3, 8)).all()
-    for row, label in itertools.product(range(3), kinds):
-        labels, names = kinds[label]
-        text = "".join(
-            "0123"[t] for t in tokens[row, 1:]
-        )  # 7 digits: three states, and the first of a fourth
-        expected = {"state": {2: text[:2], 4: text[2:4], 6: text[4:6]},
-                    "trigram": {i: f"{text[i - 3 : i - 1]} {text[i - 1]}" for i in (3, 5, 7)},
-                    "bigram": {i: text[i - 2 : i] for i in range(2, 8)},
-                    "digit": {i: text[i - 1] for i in range(1, 8)}}[label]  # fmt: skip
-        assert {i: names[n] for i, n in enumerate(labels[row]) if n >= 0} == expected
+    for row in range(3):
+        # 7 digits: three states, and the first of a fourth
+        text = "".join("0123"[token] for token in tokens[row, 1:])
+        expected = {
+            "state": {2: text[:2], 4: text[2:4], 6: text[4:6]},
+            "trigram": {i: f"{text[i - 3 : i - 1]} {text[i - 1]}" for i in (3, 5, 7)},
+            "bigram": {i: text[i - 2 : i] for i in range(2, 8)},
+            "digit": {i: text[i - 1] for i in range(1, 8)},
+        }
+        assert kinds.keys() == expected.keys()
+        for kind, (labels, names) in kinds.items():
+            found = {i: names[label] for i, label in enumerate(labels[row]) if label >= 0}
+            assert found == expected[kind]
 
 
 def test_prefixes_are_all_states_and_all_valid_first_digits(fsm):
     states, trigrams = fsm.prefixes()
     assert states.tolist() == fsm.runs(range(16)).tolist()
-    valid = {
-        (*fsm.encode(s), fsm.encode(after)[0]) for s in range(16) for after in fsm.successors[s]
-    }
-    assert len(trigrams) == len(valid) and set(map(tuple, trigrams[:, 1:].tolist())) == valid
+    valid = set()
+    for s in range(16):
+        for after in fsm.successors[s]:
+            valid.add((fsm.bos, *fsm.encode(s), fsm.encode(after)[0]))
+    assert len(trigrams) == len(valid)
+    assert set(map(tuple, trigrams.tolist())) == valid
 
 
 def test_prompts(fsm):
     assert fsm.prompt("").tolist() == [[4]]
-    assert fsm.prompt("31 02").tolist() == [[4, 3, 1, 0, 2]] == fsm.prompt("3102").tolist()
-    for text, words in (
-        ("3x", "write states as digits"),
-        ("34", "write states as digits"),
-        ("310", "not a list of states"),
-    ):
-        with pytest.raises(ValueError, match=words):
+    assert fsm.prompt("31 02").tolist() == [[4, 3, 1, 0, 2]]
+    assert fsm.prompt("3102").tolist() == [[4, 3, 1, 0, 2]]
+    for text in ("3x", "34", "310"):
+        with pytest.raises(ValueError, match="not a list of states: they are 00 to 33"):
             fsm.prompt(text)
     with pytest.raises(ValueError, match="they are 00 to 89"):
         FSM(90).prompt("95")
@@ -263,24 +276,53 @@ def test_show(fsm):
     never = next(s for s in range(16) if s not in fsm.successors[after])
     tokens = np.array([4, *fsm.encode([7, after, never]).reshape(-1), 4, 1])
     assert fsm.show(tokens) == f"13 -> {fsm.name(after)} -x {fsm.name(never)} -x ??"
-    assert (
-        fsm.show(tokens[:4]) == "13 .. " + fsm.name(after)[0]
-        and fsm.show(np.array([4, 2])) == " .. 2"
-    )
+    assert fsm.show(tokens[:4]) == "13 .. " + fsm.name(after)[0]
+    assert fsm.show(np.array([4, 2])) == " .. 2"
+    assert fsm.show(np.array([4, 1, 3, 4])) == "13 .. BOS"
+
+
+@pytest.mark.parametrize(
+    "n_states, words", [(16, ["BOS", " 1", "3", " 0"]), (4, ["BOS", " 1", " 3", " 0"])]
+)
+def test_texts_have_a_space_before_each_state(n_states, words):
+    assert FSM(n_states, 3, 4).texts(np.array([[4, 1, 3, 0]])) == [words]
+
+
+# -- machines that are none
 
 
 def test_saved_machine_is_checked(fsm):
     data = fsm.to_json()
-    assert (FSM.from_json(data).successors == fsm.successors).all()
-    for change in ({"successors": data["successors"][1:]}, {"n_edges": 2}, {"successors": [[0, 0, 1]] * 16},
-                   {"successors": [[0, 1, 16]] * 16}, {"successors": [[0.5, 1, 2]] * 16}):  # fmt: skip
+    assert FSM.from_json(data) == fsm
+    changes = [
+        {"successors": data["successors"][1:]},
+        {"successors": [[0, 0, 1]] * 16},
+        {"successors": [[0, 1, 16]] * 16},
+        {"successors": [[-1, 0, 1]] * 16},
+        {"successors": [[0.5, 1, 2]] * 16},
+        {"successors": None},
+        {"n_edges": 2},
+        {"n_states": 0},
+        {"base": 4.0},
+        {"seed": True},
+    ]
+    for change in changes:
         with pytest.raises(ValueError):
             FSM.from_json({**data, **change})
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(n_states=1), dict(base=1), dict(base=37), dict(n_edges=0), dict(n_edges=101)]
+    "settings, words",
+    [
+        ({"n_states": 1}, "n_states must be at least 2, not 1"),
+        ({"n_states": 10_001}, "n_states must be below 10001, not 10001"),
+        ({"base": 1}, "base must be at least 2, not 1"),
+        ({"base": 37}, "base must be below 37, not 37"),
+        ({"n_edges": 0}, "n_edges must be at least 1, not 0"),
+        ({"n_edges": 101}, "a machine needs 101 different successors for each of its 100 states"),
+        ({"successors": np.zeros((100, 10), int)}, "a machine needs 10 different successors"),
+    ],
 )
-def test_impossible_machines(settings):
-    with pytest.raises(ValueError, match="a machine needs"):
+def test_impossible_machines(settings, words):
+    with pytest.raises(ValueError, match=words):
         FSM(**settings)

@@ -4,20 +4,18 @@ import pytest
 import torch
 from conftest import make_model, make_tokens
 
-from minicode import GPTConfig, record
-from minicode.model import SITES
+from minicode import GPT, GPTConfig, record
+from minicode.model import SITES, choose
 
 
 def test_codebooks_by_name_in_the_order_of_the_pass(fsm):
-    model, order = make_model(), []
+    model = make_model()
+    order = []
     for name, codebook in model.codebooks().items():
         codebook.register_forward_hook(lambda *_, name=name: order.append(name))
     model(make_tokens(fsm))
-    assert (
-        order
-        == list(model.codebooks())
-        == [f"{site}.{layer}" for layer in range(2) for site in SITES]
-    )
+    assert order == list(model.codebooks())
+    assert order == [f"{site}.{layer}" for layer in range(2) for site in SITES]
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -31,38 +29,48 @@ def test_each_site_alone(site, fsm):
 
 
 def test_off_is_the_dense_model_and_on_again_is_as_before(fsm):
-    model, dense, tokens = make_model(), make_model("none"), make_tokens(fsm)
+    model = make_model()
+    dense = make_model("none")
+    tokens = make_tokens(fsm)
     dense.load_state_dict({k: v for k, v in model.state_dict().items() if "codebook" not in k})
     with_codebooks, _ = model(tokens)
     model.use_codebooks(False)
     assert torch.equal(model(tokens)[0], dense(tokens)[0])
     model.use_codebooks(True)
-    assert torch.equal(model(tokens)[0], with_codebooks) and not torch.equal(
-        dense(tokens)[0], with_codebooks
-    )
+    assert torch.equal(model(tokens)[0], with_codebooks)
+    assert not torch.equal(dense(tokens)[0], with_codebooks)
 
 
 @pytest.mark.parametrize("codebooks", ["none", "head,mlp", "head,attn,mlp_mid,mlp,block"])
-def test_cached_equals_uncached_generation(codebooks, fsm):
-    model, prompt = make_model(codebooks), make_tokens(fsm, n=16, length=3)
-    for settings in ({"temperature": 0}, {"temperature": 0.8, "top_k": 3}):
-        runs = [
-            model.generate(
-                prompt, 10, generator=torch.Generator().manual_seed(1), use_cache=cached, **settings
-            )
-            for cached in (True, False)
-        ]
-        assert torch.equal(*runs) and runs[0].shape == (16, 13)
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 0.8, "top_k": 3}])
+def test_cached_equals_uncached_generation(codebooks, settings, fsm):
+    model = make_model(codebooks)
+    tokens = make_tokens(fsm, n=16, length=3)
+    generator = torch.Generator().manual_seed(1)
+    cached = model.generate(tokens, 10, generator=generator, **settings)
+    generator.manual_seed(1)
+    for _ in range(10):
+        logits, _ = model(tokens)
+        new = choose(logits[:, -1], generator=generator, **settings)
+        tokens = torch.cat((tokens, new), dim=1)
+    assert torch.equal(cached, tokens)
 
 
-def test_cached_logits_equal_in_parts_of_any_length(fsm):
-    model, tokens, cache = make_model("head,mlp"), make_tokens(fsm), {}
-    parts = [model(part, cache=cache)[0] for part in tokens.split([3, 1, 4], dim=1)]
+def test_cached_logits_equal_those_of_one_pass(fsm):
+    model = make_model("head,mlp")
+    tokens = make_tokens(fsm)
+    cache = {}
+    parts = [model(part, cache=cache)[0] for part in tokens.split([3, 1, 1, 1, 1, 1], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens)[0])
+    cache = {}
+    model(tokens[:, :3], cache=cache)
+    with pytest.raises(ValueError, match="one token at a time"):
+        model(tokens[:, 3:], cache=cache)
 
 
 def test_no_position_sees_the_future(fsm):
-    model, tokens = make_model(), make_tokens(fsm)
+    model = make_model()
+    tokens = make_tokens(fsm)
     changed = tokens.clone()
     changed[:, 5:] = (tokens[:, 5:] + 1) % 4
     torch.testing.assert_close(model(tokens)[0][:, :5], model(changed)[0][:, :5])
@@ -91,7 +99,6 @@ def test_compiled_in_one_graph_gives_the_same_loss(fsm):
             {"codebooks": "head,mpl"},
             "there is no site 'mpl'; the sites are head, attn, mlp_mid, mlp, block, or none",
         ),
-        ({"k": 300}, r"k \(300\) is more than the 16 codes of a head codebook"),
         ({"n_layer": 0}, "n_layer must be at least 1, not 0"),
         ({"similarity": "cosin"}, "similarity must be one of cosine, distance, dot, not 'cosin'"),
     ],
@@ -99,6 +106,13 @@ def test_compiled_in_one_graph_gives_the_same_loss(fsm):
 def test_bad_settings_are_named(settings, words):
     with pytest.raises(ValueError, match=words):
         GPTConfig(**settings)
+
+
+def test_a_k_that_a_codebook_has_not():
+    with pytest.raises(
+        ValueError, match="k must be from 1 to the 16 codes of the codebook, not 300"
+    ):
+        GPT(GPTConfig(k=300))
 
 
 def test_misspelt_option_is_refused():
@@ -109,8 +123,5 @@ def test_misspelt_option_is_refused():
 def test_too_many_tokens(fsm):
     with pytest.raises(ValueError, match="13 tokens are more than the block_size of 12"):
         make_model()(torch.zeros(1, 13, dtype=torch.long))
-    with pytest.raises(
-        ValueError,
-        match="a prompt of 5 tokens leaves room for 8 more in the block of 12, not for 9",
-    ):
+    with pytest.raises(ValueError, match="the prompt leaves room for 8 tokens, not for 9"):
         make_model().generate(torch.zeros(1, 5, dtype=torch.long), 9)

@@ -133,7 +133,7 @@ BAD_INPUT = [
     ("--force-code mlp.1.3 --force-code mlp.1.4", "mlp.1.4: at most 1 codes can be forced at a"),
     ("--force-code mlp.1.3 --force-code", "goes with no other code"),
     ("--block-code mlp.1.3 --force-code", "goes with no other code"),
-    ("--prompt 4x", "write states as digits"),
+    ("--prompt 4x", "is not a list of states"),
     ("--prompt 313", "is not a list of states"),
     ("--prompt " + "31" * 7, "a prompt of 15 tokens leaves room for 0 more in the block of 12"),
     ("--prompt 31 --max-new-tokens 11", "leaves room for 10 more in the block of 12, not for 11"),

@@ -19,10 +19,7 @@ from minicode.runtime.runs import write
 from minicode.sample import main as sample
 from minicode.train_text import main as train_text
 
-TINY = (
-    "--n-layer 1 --n-head 2 --n-embd 16 --block-size 24 --n-codes-head 16 --k 2 --steps 30 --batch-size 4 "
-    "--eval-every 15 --checkpoint-every 10 --device cpu"
-).split()
+TINY = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "24", "--n-codes-head", "16", "--k", "2", "--steps", "30", "--batch-size", "4", "--eval-every", "15", "--checkpoint-every", "10", "--device", "cpu"]
 HOSTILE = [
     "", " ", "a", "  two   runs of spaces  ", "\n\n\n", "a\r\nb\r\n\r\nc", "\0\0 a\0b", "tabs\t\tand\x0b\x0c\x1c\x85\u2028\u2029",
     "e\u0301 a\u0308\u0323 \u0301alone", "\u05e9\u05dc\u05d5\u05dd \u202eabc\u202c \u0645\u0631\u062d\u0628\u0627",

@@ -2,13 +2,13 @@
 
 import torch
 
+SIMILARITIES = ("cosine", "distance", "dot")  # in the order of csrc/topk.h
 
-def check_search(x, codes, k, similarity, similarities):
+
+def check_search(x, codes, k, similarity):
     """TypeError or ValueError unless x, codes, k and similarity are what topk_codes takes."""
-    for name, value in (("x", x), ("codes", codes)):
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
-            raise TypeError(f"{name} must be a tensor of float32, float16 or bfloat16, not {kind}")
+    _check_floats("x", x)
+    _check_floats("codes", codes)
     if codes.dim() not in (2, 3):
         raise ValueError(f"codes must be (C, d) or (G, C, d), not {tuple(codes.shape)}")
     tail = (*codes.shape[:-2], codes.shape[-1])  # (d,) or (G, d)
@@ -23,6 +23,14 @@ def check_search(x, codes, k, similarity, similarities):
     n_codes = codes.shape[-2]
     if not 1 <= k <= n_codes:
         raise ValueError(f"k must be from 1 to the {n_codes} codes of the codebook, not {k}")
-    if similarity not in similarities:
-        one_of = ", ".join(similarities)
+    if similarity not in SIMILARITIES:
+        one_of = ", ".join(SIMILARITIES)
         raise ValueError(f"similarity must be one of {one_of}, not {similarity!r}")
+
+
+def _check_floats(name, value):
+    wanted = f"{name} must be a tensor of float32, float16 or bfloat16"
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{wanted}, not {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{wanted}, not {value.dtype}")

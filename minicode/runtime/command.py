@@ -13,42 +13,47 @@ from minicode.train import train
 
 
 def table(summary, others, names):
-    """A run's figures of these names for people, beside those of its dense model and of others, {title: figures}."""
-    dense, width = summary["dense"], max(map(len, names)) + 1
-    columns = {
-        "this run": summary,
-        **({f"dense, step {dense['step']}": dense} if dense else {}),
-        **others,
-    }
+    """A run's figures of these names beside those of its dense model and of {title: figures}."""
+    columns = {"this run": summary}
+    dense = summary["dense"]
+    if dense:
+        columns[f"dense, step {dense['step']}"] = dense
+    columns |= others
+    width = max(len(name) for name in names) + 1
     lines = [" " * width + "".join(f"   {title}" for title in columns)]
     for name in names:
-        cells = (f"{row[name]:.4f}" if name in row else "-" for row in columns.values())
-        lines.append(
-            f"{name:{width}}"
-            + "".join(f"{cell:>{len(title) + 3}}" for title, cell in zip(columns, cells))
-        )
+        line = f"{name:{width}}"
+        for title, figures in columns.items():
+            cell = f"{figures[name]:.4f}" if name in figures else "-"
+            line += f"{cell:>{len(title) + 3}}"
+        lines.append(line)
     return "\n".join(lines)
 
 
 def report(run, compared):
     """What people are told at the end: the table of figures, and a sample."""
-    data, summary, generator = run.data, run.summary, torch.Generator().manual_seed(run.config.seed)
+    data = run.data
+    length = min(data.sample_length, run.config.block_size)
+    generator = torch.Generator().manual_seed(run.config.seed)
+    tokens = run.model.generate(data.prompt(""), length, generator=generator)
     demonstration = " --force-code" if run.fsm else ""
-    tokens = run.model.generate(
-        data.prompt(""), min(data.sample_length, run.config.block_size), generator=generator
-    )
     return (
-        f"{compared}\n{summary['tokens'] / 1e6:.1f} M tokens in {summary['seconds']:.0f} s\n"
-        f"a sample: {data.show(tokens[0].numpy())}\nnext:     python -m minicode.sample --run {run.folder}{demonstration}"
+        f"{compared}\n"
+        f"{run.summary['tokens'] / 1e6:.1f} M tokens in {run.summary['seconds']:.0f} s\n"
+        f"a sample: {data.show(tokens[0].numpy())}\n"
+        f"next:     python -m minicode.sample --run {run.folder}{demonstration}"
     )
 
 
-def command(argv, name, about, kind, presets, out, compare):
-    """A training command, from its flags to its exit status; compare(summary) is the table at its end."""
+def flags(name, about, kind, presets, out):
+    """The parser of a training command."""
     parser = Parser(name, about)
     parser.add_argument(
         "--out", type=Path, default=Path(out), help=f"folder of the run (default: {out})"
     )
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--resume", action="store_true", help="continue the run in --out")
+    either.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     paper = "; paper: its method and size" if "paper" in presets else ""
     parser.add_argument(
         "--preset",
@@ -56,16 +61,19 @@ def command(argv, name, about, kind, presets, out, compare):
         default="default",
         help=f"settings to start from (default: ours){paper}",
     )
-    either = parser.add_mutually_exclusive_group()
-    either.add_argument("--resume", action="store_true", help="continue the run in --out")
-    either.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    add_flags(parser, kind)
+    add_flags(parser.add_argument_group("the data"), kind, {})
     add_flags(parser, TrainConfig, presets["default"])
+    return parser
+
+
+def command(argv, name, about, kind, presets, out, compare):
+    """Runs a training command; returns its exit status. compare(run): the table at its end."""
+    parser = flags(name, about, kind, presets, out)
     with parser.user_errors():
         processes.join()
         args = parser.parse_args(argv)
         data = kind(**given(args, kind))
-        settings = {**presets["default"], **presets[args.preset], **given(args, TrainConfig)}
+        settings = presets["default"] | presets[args.preset] | given(args, TrainConfig)
         config = TrainConfig(**settings, vocab_size=data.vocab_size)
         session = open_session(config, data, args.out, args.resume, args.overwrite)
     first = processes.rank() == 0
@@ -76,12 +84,12 @@ def command(argv, name, about, kind, presets, out, compare):
     except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     processes.leave()
-    if first and summary is None:
-        print(
-            "\nstopped; the same command, with --resume and not --overwrite, continues it",
-            file=sys.stderr,
-        )
-    elif first:
+    if summary is None:
+        goes_on = "the same command, with --resume and not --overwrite, continues it"
+        if first:
+            print(f"\nstopped; {goes_on}", file=sys.stderr)
+        return 130
+    if first:
         run = load_run(args.out)
-        print(report(run, compare(run.summary)))
-    return 130 if summary is None else 0
+        print(report(run, compare(run)))
+    return 0

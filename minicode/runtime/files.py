@@ -8,22 +8,21 @@ import warnings
 import zipfile
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 
 
 @contextmanager
 def reading(path, wrong="is damaged"):
-    """Whatever goes wrong in the block, as a hostile file may have it, is a ValueError that names the file, in one line."""
+    """Whatever goes wrong in the block is a ValueError that names the file, in one line."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # a hostile file may have any
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} {wrong}: {reason or type(error).__name__}") from None
 
 
 def write(path, content):
-    """Writes text, bytes or an array so that the file appears whole or not at all; until then the old one stays."""
+    """Writes text or bytes: the file appears whole or not at all; until then the old one stays."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.unlink(missing_ok=True)  # whatever it is: nothing is written through a link
@@ -38,12 +37,6 @@ def write(path, content):
         temporary.unlink(missing_ok=True)
 
 
-def write_array(path, array):
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    write(path, buffer.getvalue())
-
-
 def write_tensors(path, data):
     buffer = io.BytesIO()
     torch.save(data, buffer)
@@ -51,37 +44,36 @@ def write_tensors(path, data):
 
 
 def read_tensors(path):
-    """A file of tensors; one that is damaged, or that would run code, is a ValueError. They stay on the disk until used."""
+    """The dict in a file of tensors; ValueError if it is damaged, or would run code.
+
+    The tensors stay on the disk until they are used, so that no size that it claims is believed.
+    """
     with reading(path, "is damaged, or no file of tensors, and was not loaded"):
-        with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if (
-                sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size
-                or archive.testzip()
-            ):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+            if size > path.stat().st_size or archive.testzip():
                 raise ValueError("sizes or checksums")
-            data = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=True
-            )  # so that no size it claims is believed
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(data, dict):
             raise ValueError("no dict")
         return data
 
 
 def check_tensors(tensors, expected):
-    """ValueError, by name, unless the tensors have the names, shapes and types of the expected ones, and are finite."""
+    """ValueError, by name, unless tensors are as expected (names, shapes, types), and finite."""
     if tensors.keys() != expected.keys():
-        raise ValueError(
-            f"unknown or missing: {', '.join(sorted(map(str, tensors.keys() ^ expected.keys())))}"
-        )
+        names = sorted(str(name) for name in tensors.keys() ^ expected.keys())
+        raise ValueError(f"unknown or missing: {', '.join(names)}")
     for name, like in expected.items():
         tensor = tensors[name]
         if type(tensor) is not torch.Tensor or tensor.layout != torch.strided:
             raise ValueError(f"{name} is no plain tensor")
-        if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
-            raise ValueError(
-                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {tuple(like.shape)} {like.dtype}"
-            )
+        found = f"{tuple(tensor.shape)} {tensor.dtype}"
+        wanted = f"{tuple(like.shape)} {like.dtype}"
+        if found != wanted:
+            raise ValueError(f"{name} is {found}, not {wanted}")
         if not tensor.isfinite().all():
             raise ValueError(f"{name} holds NaN or infinity")
 

@@ -1,4 +1,4 @@
-"""One dataclass is the configuration: its fields are documented in place and become a command's flags."""
+"""A dataclass is the configuration: its fields, documented in place, become a command's flags."""
 
 import argparse
 from contextlib import contextmanager
@@ -19,9 +19,11 @@ def option(default, help, flag=True, section=None, **valid):
 
 
 def check_options(config):
-    """ValueError for a field whose value is not one of its choices, or out of its range."""
+    """ValueError for a field whose value is of another type, no choice, or out of range."""
     for f in fields(config):
         value = getattr(config, f.name)
+        if not isinstance(value, (int, float) if f.type is float else f.type):
+            raise ValueError(f"{f.name} must be of type {f.type.__name__}, not {value!r}")
         choices = f.metadata.get("choices")
         least = f.metadata.get("least")
         below = f.metadata.get("below")
@@ -34,7 +36,7 @@ def check_options(config):
 
 
 def add_flags(parser, cls, preset):
-    """The fields of a dataclass as flags; where the preset has another default, the help says it."""
+    """The fields of a dataclass as flags; a preset may have other defaults."""
     group = parser
     for f in fields(cls):
         if f.metadata["section"]:
@@ -65,6 +67,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, name, about):
         super().__init__(
             prog=f"python -m minicode.{name}",
+            usage="%(prog)s [flags]",
             description=about,
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -5,35 +5,34 @@ from contextlib import contextmanager
 
 import torch
 
-_lock, _held = threading.Lock(), []  # what was allowed before, once for each thread that searches
+_lock = threading.Lock()
+_held = []  # what was allowed before, once for each thread that searches
 
 
 @contextmanager
 def float32_throughout():
-    """No matmul in TF32 or bfloat16, whatever the user allows elsewhere; of several threads the last one out restores it."""
-    new = hasattr(
-        torch.backends.cuda.matmul, "fp32_precision"
-    )  # from torch 2.9 on; once used, the older calls raise errors
-    kinds = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if new else ()
-
-    def allow(values):
-        if not new:
-            return torch.set_float32_matmul_precision(*values)
-        for kind, value in zip(kinds, values):
-            kind.fp32_precision = value
-
+    """No matmul in TF32 or bfloat16; the last of several threads restores what was allowed."""
     with _lock:
-        before = (
-            [kind.fp32_precision for kind in kinds]
-            if new
-            else [torch.get_float32_matmul_precision()]
-        )
+        before = _allow("ieee", "ieee")
         _held.append(_held[0] if _held else before)
-        allow(["ieee", "ieee"] if new else ["highest"])
     try:
         yield
     finally:
         with _lock:
             before = _held.pop()
             if not _held:
-                allow(before)
+                _allow(*before)
+
+
+def _allow(on_gpu, on_cpu):
+    """Sets what a matmul of float32 may be computed in; returns what was allowed before."""
+    gpu = torch.backends.cuda.matmul
+    if not hasattr(gpu, "fp32_precision"):  # before torch 2.9, with one setting for both
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest" if on_gpu == "ieee" else on_gpu)
+        return before, before
+    cpu = torch.backends.mkldnn.matmul
+    before = gpu.fp32_precision, cpu.fp32_precision
+    gpu.fp32_precision = on_gpu  # from here on, the older calls would raise errors
+    cpu.fp32_precision = on_cpu
+    return before

@@ -1,13 +1,14 @@
 """Several processes: torchrun starts the same program once for each, and they train as one.
 
-Every rank draws the whole batch and works on its rows of it; DistributedDataParallel averages the gradients; what
-the codebooks count is added up. So a run is the same, to rounding, on any number of processes, and its codes are
-the same on all of them. Rank 0 alone evaluates, prints and writes. In a single process nothing here does anything.
+Every rank draws the whole batch and works on its rows of it; DistributedDataParallel averages the
+gradients; what the codebooks count is added up. So a run is the same, to rounding, on any number of
+processes, and its codes are the same on all of them. Rank 0 alone evaluates, prints and writes. In
+a single process nothing here does anything.
 """
 
 import os
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -15,28 +16,32 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def join():
-    """Joins the processes that torchrun started, if it did: gloo for tensors on CPUs, nccl for those on GPUs."""
-    if (
-        "RANK" in os.environ
-    ):  # both: torch alone would choose nccl where there is a GPU, which takes no tensor on a CPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    """Joins the processes that torchrun started, if it did."""
+    if "RANK" in os.environ:
+        # Where there is a GPU torch alone would choose nccl, which takes no tensor on a CPU.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend)
+
+
+def joined():
+    return dist.is_available() and dist.is_initialized()
 
 
 def leave():
-    if dist.is_available() and dist.is_initialized():
+    if joined():
         dist.destroy_process_group()
 
 
 def ranks():
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if joined() else 1
 
 
 def rank():
-    return dist.get_rank() if ranks() > 1 else 0
+    return dist.get_rank() if joined() else 0
 
 
 def wrap(model, unused):
-    """The model, with gradients that are averaged over all ranks; `unused`: some parameters have none."""
+    """The model, with gradients that are averaged over all ranks; `unused`: some have none."""
     if ranks() == 1:
         return model
     with warnings.catch_warnings():
@@ -44,11 +49,6 @@ def wrap(model, unused):
         return DistributedDataParallel(
             model, broadcast_buffers=False, find_unused_parameters=unused
         )
-
-
-def keep_gradients(forward, wanted):
-    """Within the block a wrapped model's gradients add up on each rank, and are not averaged yet."""
-    return forward.no_sync() if wanted and ranks() > 1 else nullcontext()
 
 
 def my_rows(batch):
@@ -66,19 +66,23 @@ def all_rows(rows):
 
 
 def add_up(tensor):
-    """Adds a tensor up over the ranks, in place."""
+    """Adds a tensor up over the ranks, in place, and returns it."""
     if ranks() > 1:
         dist.all_reduce(tensor)
+    return tensor
 
 
 def take_from_first(module):
-    """Gives every rank the parameters and buffers of rank 0: on GPUs the same sums differ in the last bits."""
-    for tensor in module.state_dict().values() if ranks() > 1 else ():
-        dist.broadcast(tensor, src=0)
+    """Gives every rank the tensors of rank 0: on GPUs the same sums differ in the last bits."""
+    if ranks() > 1:
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, src=0)
 
 
 def agree(loss, stop):
     """The mean loss, and whether any rank is to stop, so that all end at the same step."""
+    if ranks() == 1:
+        return loss, stop
     both = torch.stack((loss / ranks(), torch.full_like(loss, stop)))
     add_up(both)
     return both[0], both[1].item() > 0
@@ -86,7 +90,7 @@ def agree(loss, stop):
 
 @contextmanager
 def together():
-    """What goes wrong in the block on any rank goes wrong on all of them; none is left waiting for another."""
+    """What goes wrong in the block on any rank goes wrong on all: none is left waiting."""
     error = None
     try:
         yield
@@ -101,6 +105,6 @@ def together():
 
 
 def first(work, *arguments):
-    """What rank 0 alone does: work(*arguments), or None on the others. What goes wrong there goes wrong on all ranks."""
+    """What rank 0 alone does: work(*arguments); None on the others. They share its errors."""
     with together():
         return work(*arguments) if rank() == 0 else None

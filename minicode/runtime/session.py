@@ -14,8 +14,15 @@ from minicode.fsm import FSM
 from minicode.language.text import Text
 from minicode.model import GPT
 from minicode.runtime import extension, processes
-from minicode.runtime.files import check_tensors, read_tensors, reading, write
-from minicode.runtime.runs import TrainConfig, check_run, make_run, read_metrics
+from minicode.runtime.files import (
+    check_tensors,
+    figures,
+    read_tensors,
+    reading,
+    write,
+    write_tensors,
+)
+from minicode.runtime.runs import TrainConfig, check_run, make_run
 
 
 def pick_device(name):
@@ -31,15 +38,14 @@ def pick_device(name):
             torch.cuda.set_device(device)
         return device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device {name!r} can't be used here: {str(error).split(chr(10))[0]}"
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} can't be used here: {reason}") from None
 
 
 def make_optimizer(model, config):
     """AdamW, with weight decay on matrices, but on no bias, gain or code."""
-    learnt = [p for p in model.parameters() if p.requires_grad]
-    matrices, others = [p for p in learnt if p.dim() == 2], [p for p in learnt if p.dim() != 2]
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if p.dim() != 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))
 
@@ -47,12 +53,14 @@ def make_optimizer(model, config):
 @contextmanager
 def stop_signals():
     """Within the block, Ctrl-C and SIGTERM only put themselves on the list that is yielded."""
-    stop, numbers = [], (signal.SIGINT, signal.SIGTERM)
-    old = [signal.signal(number, lambda number, frame: stop.append(number)) for number in numbers]
+    stop = []
+    old = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        old[number] = signal.signal(number, lambda number, frame: stop.append(number))
     try:
         yield stop
     finally:
-        for number, handler in zip(numbers, old):
+        for number, handler in old.items():
             signal.signal(number, handler)
 
 
@@ -71,18 +79,8 @@ class Session:
 
 
 def open_session(config, data, folder, resume=False, overwrite=False):
-    """Everything that can fail by a user's mistake, before the first step: ValueError, and no file is touched."""
-    if not data.least_block <= config.block_size <= data.most_block:
-        valid = (
-            f"least {data.least_block}"
-            if config.block_size < data.least_block
-            else f"most {data.most_block}"
-        )
-        raise ValueError(f"block_size ({config.block_size}) must be at {valid} here")
-    if config.batch_size % (n_parts := processes.ranks() * config.accumulate):
-        raise ValueError(
-            f"batch_size ({config.batch_size}) must be a multiple of {n_parts} (processes x accumulate)"
-        )
+    """A session, new or resumed. A user's mistake is a ValueError, before any file is touched."""
+    check_sizes(config, data)
     with processes.together():
         check_run(folder, config, data, resume, overwrite)
         if processes.rank() == 0:
@@ -102,59 +100,74 @@ def open_session(config, data, folder, resume=False, overwrite=False):
     return session
 
 
+def check_sizes(config, data):
+    """ValueError for a block that the data can't fill, or a batch that processes can't share."""
+    size = f"block_size ({config.block_size}) must be at"
+    if config.block_size < data.least_block:
+        raise ValueError(f"{size} least {data.least_block} here")
+    if config.block_size > data.most_block:
+        raise ValueError(f"{size} most {data.most_block} here")
+    n = processes.ranks()
+    if config.batch_size % n:
+        raise ValueError(f"batch_size ({config.batch_size}) must be a multiple of {n} (processes)")
+
+
+def save_checkpoint(session):
+    """A checkpoint is train_state.pt alone, so that it is never half old and half new.
+
+    The other files are to be read, and come first: resuming makes up for a kill in between.
+    """
+    lines = [json.dumps(line) + "\n" for line in session.metrics]
+    write(session.folder / "metrics.jsonl", "".join(lines))
+    model = session.model.state_dict()
+    write_tensors(session.folder / "model.pt", model)
+    state = {
+        "step": session.step,
+        "seconds": session.seconds,
+        "metrics": session.metrics,
+        "model": model,
+        "optimizer": session.optimizer.state_dict()["state"],
+    }
+    write_tensors(session.folder / "train_state.pt", state)
+
+
 def load_checkpoint(session):
-    """Puts a session where its folder's checkpoint was taken; ValueError if that is damaged, or another run's."""
-    path, model, config = session.folder / "train_state.pt", session.model, session.config
+    """Puts a session where its folder's checkpoint was taken; ValueError if that is damaged."""
+    path = session.folder / "train_state.pt"
     state = read_tensors(path)
     with reading(path, "is not a checkpoint of this run"):
-        check_tensors(state["model"], model.state_dict())
-        parameters, moments = (
-            dict(enumerate(p for group in session.optimizer.param_groups for p in group["params"])),
-            {},
-        )
-        for i, found in state["optimizer"].items():
-            check_tensors(
-                found,
-                {"step": torch.tensor(0.0), "exp_avg": parameters[i], "exp_avg_sq": parameters[i]},
-            )
-            moments[i] = {name: tensor.clone() for name, tensor in found.items()}  # off the disk
-        session.step, session.seconds = int(state["step"]), float(state["seconds"])
-        if not 0 < session.step <= config.steps or not 0 <= session.seconds < math.inf:
+        check_tensors(state["model"], session.model.state_dict())
+        session.step = int(state["step"])
+        session.seconds = float(state["seconds"])
+        session.metrics = [figures(line) for line in state["metrics"]]
+        in_time = 0 <= session.seconds < math.inf
+        if not (0 < session.step <= session.config.steps and in_time):
             raise ValueError(f"step {session.step}, after {session.seconds} seconds")
-        model.load_state_dict(state["model"])
-        session.optimizer.load_state_dict({**session.optimizer.state_dict(), "state": moments})
-    session.metrics = lines = read_metrics(session.folder, session.step)
-    due = [n for n in range(1, session.step + 1) if config.evaluation_is_due(n)]
-    if [line["step"] for line in lines] != due or not all(
-        {"loss", "accuracy"} <= line.keys() for line in lines
-    ):
-        raise ValueError(
-            f"{session.folder / 'metrics.jsonl'} is damaged: its lines are not those of {session.step} steps"
-        )
+        session.model.load_state_dict(state["model"])
+        load_moments(session.optimizer, state["optimizer"])
+
+
+def load_moments(optimizer, found):
+    """Gives an optimizer of AdamW the moments {number of the parameter: {name: tensor}}."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = dict(enumerate(parameters))
+    moments = {}
+    for i, tensors in found.items():
+        like = parameters[i]
+        wanted = {"step": torch.tensor(0.0), "exp_avg": like, "exp_avg_sq": like}
+        check_tensors(tensors, wanted)
+        # Off the disk:
+        moments[i] = {name: tensor.clone() for name, tensor in tensors.items()}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
 
 
 def summarise(session):
-    """Writes summary.json: the final figures, and those of the dense model before the codebooks came in."""
-    dense = [
-        line
-        for line in session.metrics
-        if "dead_code_fraction" not in line and session.config.sites()
-    ]
-    summary = {
-        **session.metrics[-1],
-        "seconds": round(session.seconds, 1),
-        "dense": dense[-1] if dense else None,
-    }
+    """Writes summary.json: the final figures, and those of the model just before its codebooks."""
+    dense = None
+    for line in session.metrics:
+        if "dead_code_fraction" not in line and session.config.sites():
+            dense = line
+    seconds = round(session.seconds, 1)
+    summary = {**session.metrics[-1], "seconds": seconds, "dense": dense}
     write(session.folder / "summary.json", json.dumps(summary, indent=1))
     return summary
-
-
-def describe(line):
-    """A line of metrics for people."""
-    codes = (
-        f"live codes {1 - line['dead_code_fraction']:.0%}"
-        if "dead_code_fraction" in line
-        else "dense"
-    )
-    name = "transition_accuracy" if "transition_accuracy" in line else "accuracy"
-    return f"step {line['step']:5}  loss {line['loss']:.4f}  {name.replace('_', ' ')} {line[name]:.3f}  {codes}"

@@ -1,70 +1,94 @@
-"""Codes looked up: those that detect a pattern; where one of them fires."""
+"""Codes looked up: those that detect a pattern; where one fires; those of another run."""
+
+import re
 
 import numpy as np
 
 from minicode.control import Code
-from minicode.study.detectors import best_labels, detect, forced_distributions, matches
+from minicode.study.detectors import (
+    agreement,
+    best_labels,
+    detect,
+    forced_distributions,
+    matches,
+    record_codes,
+)
+
+FITS = 0.5  # the least F1 at which a label is said to fit a code
 
 
-def search(run, recording, pattern, args):
-    """The codes that detect a pattern, best first."""
-    found = detect(recording, matches(run.data.texts(recording.tokens), pattern), [pattern.pattern])
-    good = np.flatnonzero(
-        (found.precision[:, 0] >= args.precision) & (found.recall[:, 0] >= args.recall)
-    )
+def search(run, recording, regex, precision=0.5, recall=0.1):
+    """The codes that detect a regular expression so well, and the best three in any case."""
+    try:
+        pattern = re.compile(regex)
+    except re.error as error:
+        raise ValueError(f"--search {regex!r} is not a regular expression: {error}") from None
+    found = detect(recording, matches(run.data.texts(recording.tokens), pattern), [regex])
+    total = int(found.total[0])
+    names = ("precision", "recall", "f1")
+    scores = np.concatenate((found.precision, found.recall, found.f1), axis=1)  # (codes, 3)
+    codes = []
+    lines = [f"{'code':16}{'precision':>10}{'recall':>8}{'F1':>8}"]
+    order = np.argsort(-found.f1[:, 0], kind="stable")
     rows = [
-        {
-            "code": str(recording.names[i]),
-            "precision": found.precision[i, 0],
-            "recall": found.recall[i, 0],
-            "f1": found.f1[i, 0],
-        }
-        for i in good[np.argsort(-found.f1[good, 0], kind="stable")]
+        {"code": str(recording.names[i]), **dict(zip(names, scores[i].tolist()))} for i in order
     ]
-    lines = [
-        f"{row['code']:16}{row['precision']:10.3f}{row['recall']:8.3f}{row['f1']:8.3f}"
-        for row in rows[:40]
-    ]
-    least = f"precision >= {args.precision:g} and recall >= {args.recall:g}"
-    about = f"{pattern.pattern!r} occurs {found.total[0]} times in {recording.tokens.size:,} tokens; {len(rows)} codes detect it with {least}"
-    table = [f"{'code':16}{'precision':>10}{'recall':>8}{'F1':>8}", *lines] if rows else []
-    return {"search": pattern.pattern, "matches": int(found.total[0]), "codes": rows}, "\n".join(
-        [about, *table]
+    for rank, row in enumerate(rows):
+        line = f"{row['code']:16}{row['precision']:10.3f}{row['recall']:8.3f}{row['f1']:8.3f}"
+        if row["precision"] >= precision and row["recall"] >= recall:
+            codes.append(row)
+            lines.append(line)
+        elif rank < 3:
+            lines.append(f"{line}   close, but below that")
+    least = f"precision >= {precision:g} and recall >= {recall:g}"
+    about = (
+        f"{regex!r} occurs {total} times in the {recording.tokens.size:,} held-out tokens that are "
+        f"searched; {len(codes)} codes detect it with {least}"
     )
+    text = "\n".join([about, *lines[:41]]) if total else about
+    return {"search": regex, "matches": total, "codes": codes, "closest": rows[:3]}, text
 
 
 def look_up(run, recording, kinds, code, most=20, reach=8):
     """What one code stands for, and where it fires."""
     number = recording.names.index(Code(code.site, code.group, code.id))
-    kind, name, precision, recall, _ = best_labels(recording, kinds)[number] or (
-        "",
-        "nothing known",
-        0.0,
-        0.0,
-        0.0,
-    )
-    rows, contexts, words = run.data.texts(recording.tokens), [], run.data.vocabulary
+    count = int(recording.count[number])
+    nothing = ("", "none known", 0.0, 0.0, 0.0)
+    kind, name, precision, recall, f1 = best_labels(recording, kinds)[number] or nothing
+    texts = run.data.texts(recording.tokens)
+    contexts = []
     for place in recording.places(number, most):
         row, at = divmod(int(place), recording.tokens.shape[1])
-        before, after = rows[row][max(0, at - reach) : at], rows[row][at + 1 : at + 1 + reach]
-        contexts.append(f"{''.join(before)}[{rows[row][at]}]{''.join(after)}")
+        before = "".join(texts[row][max(0, at - reach) : at])
+        after = "".join(texts[row][at + 1 : at + 1 + reach])
+        contexts.append(f"{before}[{texts[row][at]}]{after}")
     p = forced_distributions(recording, [number])[0][number]
-    after = [[words[t], float(p[t])] for t in np.argsort(-p)[:10]]
-    result = {"code": str(code), "count": int(recording.count[number]), "kind": kind, "label": name, "precision": precision,
-              "recall": recall, "contexts": contexts, "next": after}  # fmt: skip
-    share = recording.count[number] / recording.tokens.size
-    text = [
-        f"{code} fires at {recording.count[number]} of {recording.tokens.size:,} positions ({share:.2%})"
-    ]
-    text += (
-        [
-            f"best described as {kind} {name}: precision {precision:.3f}, recall {recall:.3f}",
-            "in context:",
-        ]
-        if contexts
-        else []
-    )
+    result = {
+        "code": str(code),
+        "count": count,
+        "kind": kind,
+        "label": name,
+        "precision": precision,
+        "recall": recall,
+        "fits": f1 >= FITS,
+        "contexts": contexts,
+        "next": [[run.data.vocabulary[token], float(p[token])] for token in np.argsort(-p)[:10]],
+    }
+    size = recording.tokens.size
+    text = [f"{code} fires at {count} of {size:,} positions ({count / size:.2%})"]
+    if count:
+        found = "stands for" if f1 >= FITS else "no label fits; nearest:"
+        text.append(f"{found} {kind} {name}: precision {precision:.3f}, recall {recall:.3f}")
+        text.append("in context:")
     text += [f"  {repr(context)[1:-1]}" for context in contexts]
-    return result, "\n".join(
-        [*text, "when it is forced, next: " + "  ".join(f"{word!r} {q:.2f}" for word, q in after)]
-    )
+    after = "  ".join(f"{word!r} {share:.2f}" for word, share in result["next"])
+    return result, "\n".join([*text, f"when it is forced, next: {after}"])
+
+
+def compare(recording, other):
+    """Do the codes of another run on the same data fire where these do?"""
+    theirs = record_codes(other.model, recording.tokens)
+    result = {"with": str(other.folder), **agreement(recording, theirs, np.random.default_rng(0))}
+    mean, chance = result["mean_iou"], result["chance"]
+    about = f"codes against their nearest in {other.folder}: mean intersection over union"
+    return result, f"{about} {mean:.3f} (by chance: {chance:.3f})"

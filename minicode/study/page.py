@@ -7,13 +7,12 @@ import numpy as np
 
 from minicode.runtime.files import write
 from minicode.study.detectors import forced_distributions
+from minicode.study.lookup import FITS
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
-
-UNSAFE = {
-    ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"
-}  # within a script, where a corpus must end nothing
+# what may not stand in a script, where a corpus must end nothing
+UNSAFE = {ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&\u2028\u2029"}
 
 
 def page(run, recording, labels, rows_of_measures, drawn, n_contexts=6):
@@ -22,42 +21,41 @@ def page(run, recording, labels, rows_of_measures, drawn, n_contexts=6):
     title, about   what the page is about: a name, a sentence or two
     measures       [[name, value, note], ...]: the table at the top
     figures        [{"svg": ..., "caption": ...}, ...]
-    vocab, group   the text of every token; group n: a space after the first token and then after every n; 0: none
+    vocab          the text of every token
+    group          n: a space after the first token and then after every n; 0: none
     tokens, length the evaluation set, as one list, and how many of them are a sequence
-    codes          [[name, count, what it stands for, precision, recall, places, next], ...]: places in `tokens`, and
-                   next, the most probable next tokens when it is forced, [[token, probability], ...]
-    free           the same when nothing is forced, averaged
+    codes          [[name, count, what it stands for, precision, recall, places, next], ...]:
+                   places in `tokens`, and next, the most probable next tokens when it is forced,
+                   [[token, probability], ...]
+    fits           the least F1 at which a label is said to fit
+    free           as next, when nothing is forced, averaged
     """
-    alive = np.flatnonzero(recording.count)
-    after, free = forced_distributions(recording, alive)
-    rows = []
+    after, free = forced_distributions(recording, np.flatnonzero(recording.count))
+    codes = []
     for number, (code, best) in enumerate(zip(recording.names, labels)):
         kind, name, precision, recall, _ = best or (None, None, None, None, None)
         label = f"{kind} {name}" if best else None
         places = recording.places(number, n_contexts).tolist()
-        rows.append(
-            [
-                str(code),
-                int(recording.count[number]),
-                label,
-                precision,
-                recall,
-                places,
-                top(after.get(number)),
-            ]
-        )
-    used = max(place // recording.tokens.shape[1] for row in rows for place in row[5])
+        count = int(recording.count[number])
+        codes.append([str(code), count, label, precision, recall, places, top(after.get(number))])
+    n_tokens = f"{recording.tokens.size:,}"
     return {
-        "title": str(run.folder), "about": f"{run.data}. Codes recorded on {recording.tokens.size:,} tokens that it was not trained on.",
+        "title": str(run.folder),
+        "about": f"{run.data}. Codes recorded on {n_tokens} tokens that it was not trained on.",
         "measures": rows_of_measures,
-        "figures": [{"svg": svg, "caption": caption} for svg, caption in drawn.values()], "vocab": run.data.vocabulary, "group": run.data.group,
-        "length": recording.tokens.shape[1], "tokens": recording.tokens[: used + 1].ravel().tolist(), "codes": rows,
+        "figures": [{"svg": svg, "caption": caption} for svg, caption in drawn.values()],
+        "vocab": run.data.vocabulary,
+        "group": run.data.group,
+        "length": recording.tokens.shape[1],
+        "tokens": recording.tokens.ravel().tolist(),
+        "codes": codes,
+        "fits": FITS,
         "free": top(free),
-    }  # fmt: skip
+    }
 
 
 def write_report(path, data):
-    """Writes the page of a run: report.html with the data of `page` in it, NaN as null. It asks for nothing else."""
+    """Writes a run's page: report.html with the data of `page` in it, NaN as null."""
     data = json.loads(json.dumps(data), parse_constant=lambda name: None)
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).translate(UNSAFE)
     write(path, TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", text))

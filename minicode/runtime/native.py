@@ -1,0 +1,41 @@
+"""The extension's search, on a CPU and on a GPU; csrc/README.md tells how it works."""
+
+import torch
+
+from minicode.runtime import extension, gpu
+from minicode.runtime.arguments import SIMILARITIES
+
+
+def serves(x, k):
+    """Whether the extension searches for the k best codes of x (G, N, d) here."""
+    if x.device.type not in extension.load()[0]:
+        return False
+    return x.is_cpu or gpu.serves(x, k)
+
+
+def search(x, codes, k, similarity, scale_and_offset, coarse=True):
+    """x (G, N, d), codes (G, C, d), of any type -> scores, ids (G, N, k), computed in float32.
+
+    scale_and_offset: the function of minicode.topk. coarse: after a pass in half precision, where
+    the search is large enough for that to pay.
+    """
+    codes = codes.float().contiguous()
+    if x.is_cpu:
+        kind = SIMILARITIES.index(similarity)
+        if x.dtype == torch.float32 and x.stride(-1) == 1:  # it is read where it lies
+            return torch.ops.minicode_native.topk(x, codes, k, kind, coarse)
+    else:
+        scale, offset = scale_and_offset(codes, similarity)
+    held = codes.shape[0] * max(128, x.shape[2])  # a row, or on a GPU its list of candidates
+    most = 1 << 24 if x.is_cuda else 1 << 21
+    scores = []
+    ids = []
+    for rows in x.split(max(1, most // held), dim=1):
+        rows = rows.float().contiguous()
+        if x.is_cpu:
+            best, which = torch.ops.minicode_native.topk(rows, codes, k, kind, coarse)
+        else:
+            best, which = gpu.search(rows, codes, scale, offset, k, coarse)
+        scores.append(best)
+        ids.append(which)
+    return torch.cat(scores, dim=1), torch.cat(ids, dim=1)

@@ -1,0 +1,148 @@
+"""A picture of the claim: a sequence with what its codes stand for, and once more, steered."""
+
+from contextlib import ExitStack
+
+import numpy as np
+import torch
+
+from minicode.runtime.files import write
+from minicode.study.detectors import best_labels, record_codes
+from minicode.study.figures import Drawing
+from minicode.study.lookup import FITS
+from minicode.study.machine import copy_codes, steer
+
+# in pixels
+WIDTH = 720
+LEFT = 66  # of the first token
+CELL = 61  # from one token to the next
+GAP = 8  # between states
+ROW = 42  # from one row of codes to the next
+PANEL = 104  # what a panel has beside its rows of codes
+
+MOST_ROWS = 3
+MOST_TOKENS = 10
+
+
+def picture(run, recording, kinds, path):
+    """Draws a run on TokFSM to a file: left alone, and with the codes of another state forced."""
+    fsm = run.fsm
+    if not fsm:
+        raise ValueError("--picture is of TokFSM; on text: minicode.sample --force-code topic:NAME")
+    # the first state is not shown: heads have nothing to look back at there
+    room = min(fsm.digits + MOST_TOKENS, run.config.block_size - 1)
+    n_states = room // fsm.digits
+    if n_states < 3:
+        raise ValueError("--picture needs a block with room for three states")
+    given = 1 + (n_states + 1) // 2 * fsm.digits
+    prompt = torch.from_numpy(recording.tokens[:1, :given])
+    a = fsm.decode(prompt[0, 1:])[-1]
+    in_common = fsm.transition_matrix @ fsm.transition_matrix[a]
+    b = in_common.argmin()
+    generator = torch.Generator(run.model.device).manual_seed(0)
+    copy = copy_codes(run.model, run.sites())
+    edits = []
+
+    def intervene(tokens, b_run):
+        edits.append(copy(tokens, b_run))
+        return edits[-1]
+
+    def go_on(tokens):
+        """The sequence to its end, with its codes, under the edits so far."""
+        n_new = 1 + n_states * fsm.digits - tokens.shape[1]
+        with ExitStack() as stack:
+            for edit in edits:
+                stack.enter_context(edit())
+            tokens = run.model.generate(tokens, n_new, generator=generator)
+            return record_codes(run.model, tokens.cpu().numpy())
+
+    sheet = Sheet(fsm, recording, best_labels(recording, kinds), given)
+    sheet.panel(go_on(prompt), a, f"Left alone in state {fsm.name(a)}")
+    steered, _ = steer(fsm, run.model, prompt, [b], intervene, generator)
+    heading = f"The same, but in orange the codes of state {fsm.name(b)} are forced"
+    sheet.panel(go_on(steered), b, heading, steered=True)
+    write(path, sheet.svg())
+    return {"picture": str(path)}, f"wrote {path}"
+
+
+class Sheet(Drawing):
+    """Panels, one below the other: digits, and below each what some of its codes stand for."""
+
+    def __init__(self, fsm, recording, labels, given):
+        self.fsm = fsm
+        self.labels = labels
+        self.given = given
+        self.fits = np.array([bool(label) and label[-1] >= FITS for label in labels])
+        # the columns of codes that have a label at the most positions
+        often = self.fits[recording.fired].mean(0)
+        self.columns = np.sort(np.argsort(-often)[:MOST_ROWS])
+        self.y = 106
+        height = self.y + 2 * (PANEL + ROW * len(self.columns)) - 40
+        title = "Reading a network by its codes, and steering it"
+        super().__init__(title, WIDTH, height)
+        self.text(0, 18, title, color="big ink")
+        walk = f"only {fsm.n_edges} of its {fsm.n_states} states may follow a state"
+        intro = f"A network reads the digits of a machine that walks at random: {walk}."
+        self.text(0, 42, intro)
+        about = (
+            "It sees no states. Below each digit: what its codes stand for (empty: no label fits)."
+        )
+        self.text(0, 60, about)
+
+    def panel(self, recording, state, heading, steered=False):
+        """A sequence with its codes, and whether what follows its given part may follow a state.
+
+        recording   the sequence, as record_codes has it
+        steered     codes were forced at the last digit given, and at the new ones before the last
+        """
+        fsm = self.fsm
+        tokens = recording.tokens[0]
+        top = self.y + 44
+        end = top + ROW * len(self.columns)
+        self.text(0, self.y, heading, color="big forced" if steered else "big ink")
+        self.text(WIDTH - GAP, self.y, "written by the network", "end", "c0")
+        for row, column in enumerate(self.columns):
+            self.name(top + ROW * row, *recording.columns[column])
+        for i, position in enumerate(range(1 + fsm.digits, len(tokens))):
+            x = LEFT + CELL * i + GAP * (i // fsm.digits)
+            after = position - self.given  # of the first new token
+            color = "big c0" if after >= 0 else "big ink"
+            digit = fsm.vocabulary[tokens[position]]
+            self.text(x + CELL / 2, self.y + 32, digit, "middle", color)
+            forced = steered and -1 <= after < fsm.digits - 1
+            for row, number in enumerate(recording.fired[position, self.columns]):
+                self.cell(x, top + ROW * row, number, forced)
+        new = fsm.decode(tokens[self.given : self.given + fsm.digits])[0]
+        may = " ".join(map(fsm.name, fsm.successors[state][:10]))
+        right = "right" if new in fsm.successors[state] else "wrong"
+        follow = f"{fsm.name(state)} may be followed by {may}"
+        self.text(0, end + 16, f"{follow}. The network went on to {fsm.name(new)}: {right}.")
+        self.y += PANEL + ROW * len(self.columns)
+
+    def name(self, y, site, head):
+        """Where a row's codes are, in two lines."""
+        part, layer = site.split(".")
+        if part == "head":
+            part = f"head {head}"
+        elif part == "mlp":
+            part = "MLP"
+        self.text(0, y + 15, f"layer {layer}")
+        self.text(0, y + 29, part)
+
+    def cell(self, x, y, number, forced):
+        """What a code stands for, in two lines."""
+        color = "tint" if self.fits[number] else "bare"
+        ink = "ink"
+        if forced:
+            color = "forced"
+            ink = "on"
+        box = f"M{x + 5} {y + 4}h{CELL - 10}v{ROW - 12}h{10 - CELL}z"
+        self.shape(box, color, 6, "currentColor")
+        if not self.fits[number]:
+            return
+        kind, name, *_ = self.labels[number]
+        if kind == "trigram":
+            state, digit = name.split()
+            kind = f"state {state}"
+            name = f"then {digit}"
+        self.text(x + CELL / 2, y + 15, kind, "middle", f"small {ink}")
+        self.text(x + CELL / 2, y + 29, name, "middle", f"bold {ink}")

@@ -1,0 +1,111 @@
+"""The house: how dense the code is to read, and who imports whom."""
+
+import ast
+import io
+import tokenize
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "minicode").rglob("*.py"))
+METHOD = ["topk", "codebook", "model", "control"]
+COMMANDS = ["train_fsm", "train_text", "sample", "interpret", "ablate", "bench", "__main__"]
+BELOW_THE_METHOD = ["extension", "native", "gpu", "precision", "arguments", "processes", "options"]
+LAYOUT = {
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+}
+F_STRING = getattr(tokenize, "FSTRING_START", None), getattr(tokenize, "FSTRING_END", None)
+
+
+def n_tokens(text):
+    """Python's own, without comments, indentation and line ends; an f-string is one."""
+    n = 0
+    inside = 0
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == F_STRING[0]:  # from Python 3.12 on they come in parts
+            n += inside == 0
+            inside += 1
+        elif token.type == F_STRING[1]:
+            inside -= 1
+        elif token.type not in LAYOUT and not inside:
+            n += 1
+    return n
+
+
+def test_tokens_are_counted_alike_by_all_versions_of_python():
+    assert n_tokens("x = f'{a + 1} {b!r:>{width}}'  # three\n\n") == 3
+    assert n_tokens('def f(a):\n    """Doc."""\n    return a + 1\n') == 11
+
+
+def test_code_is_not_dense():
+    tokens = {}
+    lines = {}
+    for path in FILES:
+        text = path.read_text()
+        tokens[path] = n_tokens(text)
+        lines[path] = text.splitlines()
+        assert len(lines[path]) <= 400, path
+        if tokens[path]:
+            assert tokens[path] / len(lines[path]) <= 8.0, path
+    total = sum(tokens.values())
+    assert total <= 34_000
+    assert total / sum(len(some) for some in lines.values()) <= 7.0
+    full = sum(bool(line.strip()) for some in lines.values() for line in some)
+    assert total / full <= 8.5
+    assert sum(tokens[ROOT / "minicode" / f"{name}.py"] for name in METHOD) <= 5_800
+
+
+@pytest.mark.parametrize("folder", ["minicode", "tests"])
+def test_lines_and_functions_are_short(folder):
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        text = path.read_text()
+        assert all(len(line) <= 100 for line in text.splitlines()), path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 50, (path, node.name)
+
+
+def module(path):
+    """minicode/study/page.py as "study.page"."""
+    return ".".join(path.relative_to(ROOT / "minicode").with_suffix("").parts)
+
+
+def imports(path):
+    """The modules of minicode that a file imports, wherever in it."""
+    names = {module(other) for other in FILES}
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "minicode":
+            package = node.module.removeprefix("minicode").removeprefix(".")
+            for alias in node.names:
+                inside = f"{package}.{alias.name}" if package else alias.name
+                found.add(inside if inside in names else package)
+    return found
+
+
+def test_imports_form_a_graph_without_circles_from_the_method_to_the_commands():
+    graph = {module(path): imports(path) for path in FILES}
+    order = list(TopologicalSorter(graph).static_order())  # CycleError if there is a circle
+    assert [name for name in order if name in METHOD] == METHOD
+    for name, others in graph.items():
+        if name not in COMMANDS and name != "__init__":
+            assert not others & set(COMMANDS), f"{name} imports a command"
+    below = [f"runtime.{name}" for name in BELOW_THE_METHOD]
+    for name in METHOD:
+        room = {other for other in graph[name] if other not in METHOD}
+        assert room <= set(below), f"{name} imports {room}"
+    for name in below:
+        assert graph[name] <= set(below), f"{name} imports {graph[name]}"
+
+
+def test_commands_are_a_screen_long():
+    for name in COMMANDS:
+        text = (ROOT / "minicode" / f"{name}.py").read_text()
+        assert len(text.splitlines()) <= 130, name
