@@ -131,7 +131,7 @@ BAD_INPUT = [
     ("--force-code mlp-1-3", "as in mlp.1.527@4"),
     (
         "--block-code mlp.1.3@11 --max-new-tokens 4",
-        "mlp.1.3 had no effect: no input has a position 11",
+        "mlp.1.3@11 had no effect: no input has a position",
     ),
     ("--force-code mlp.1.3 --force-code mlp.1.4", "mlp.1.4: at most 1 codes can be forced at a"),
     ("--force-code mlp.1.3 --force-code", "goes with no other code"),

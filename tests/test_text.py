@@ -1,4 +1,4 @@
-"""Language: the tokenizer, the stories and their ground truth, the user's own text, runs on both."""
+"""Language: the tokenizer, the stories and their ground truth, one's own text, runs on both."""
 
 import json
 import re
@@ -35,7 +35,8 @@ HOSTILE = [
     "".join(chr(i) for i in range(0, 0x110000, 97)), bytes(range(256)).decode("latin-1"),
 ]  # fmt: skip
 ALPHABET = [
-    " ", "\n", "said", " the", "a", ".", "\u0301", "\u200d", "\U0001f600", "\ud800", "\0", "_", "9", "\r",
+    " ", "\n", "said", " the", "a", ".", "\u0301", "\u200d", "\U0001f600", "\ud800", "\0",
+    "_", "9", "\r",
 ]  # fmt: skip
 
 
@@ -459,6 +460,7 @@ def test_damaged_text_json_is_refused(story_run, tmp_path, capsys):
         {"pieces": saved["pieces"][:-1]},
         {"more": 1},
         {"vocab": 2048.0},
+        {"data": 3},
         {"n_tokens": [7]},
         {"n_tokens": [7, -1]},
         {"n_tokens": [True, 1]},
