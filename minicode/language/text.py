@@ -51,8 +51,8 @@ class Text:
     )
 
     def __post_init__(self):
-        check_options(self)
         self.data = [str(path) for path in self.data] if self.data else None
+        check_options(self)
         if self.pieces is None:
             self._count()
         self.tokenizer = Tokenizer(self.pieces)
@@ -157,12 +157,10 @@ class Text:
     def from_json(cls, data):
         """The text of `files`. Every value is checked: the user's files are not read again."""
         n_train, n_held_out = data["n_tokens"]
-        strings = [data["fingerprint"], *data["pieces"], *(data["data"] or [])]
-        numbers = [data["vocab"], n_train, n_held_out]
-        if {type(string) for string in strings} != {str}:
-            raise ValueError("its words must be strings")
-        if {type(number) for number in numbers} != {int} or min(numbers) < 0:
-            raise ValueError("its numbers must be whole")
+        if not all(type(piece) is str for piece in data["pieces"]):
+            raise ValueError("its pieces must be strings")
+        if type(n_train) is not int or type(n_held_out) is not int or min(n_train, n_held_out) < 0:
+            raise ValueError("its n_tokens must be whole numbers")
         if not math.isfinite(data["loss_unigram"]):
             raise ValueError("its loss must be finite")
         return cls(**data)
