@@ -44,28 +44,17 @@ def make_parser():
     flag = parser.add_argument
     flag("--run", type=Path, help="folder of the run (default: the newest in runs/)")
     flag(
-        "--prompt",
-        help="states to start from, as digits: 38, or 38 07; or a text "
-        "(default: none; the demonstration: any)",
+        "--prompt", help="states to start from, as digits: 38, or 38 07; or a text (default: none)"
     )
     flag("--num-samples", type=int, default=5, help="(default: 5)")
-    flag(
-        "--max-new-tokens",
-        type=int,
-        help="tokens to sample (default: 24 digits, 100 tokens of text, or what the block has "
-        "room for; the demonstration: 6 states)",
-    )
+    length = "24 digits, 100 tokens of text, or what the block has room for"
+    flag("--max-new-tokens", type=int, help=f"tokens to sample (default: {length})")
     flag("--temperature", type=float, default=1.0, help="0: the most probable token (default: 1)")
     flag("--top-k", type=int, help="sample from the k most probable tokens only (default: all)")
     flag("--seed", type=int, default=0, help="(default: 0)")
     several = {"action": "append", "default": [], "metavar": "CODE"}
-    flag(
-        "--force-code",
-        nargs="?",
-        const="",
-        help="keep a code active, or those of topic:NAME or word:WORD, as above; may be repeated",
-        **several,
-    )
+    active = "keep a code active, or those of topic:NAME or word:WORD, as above; may be repeated"
+    flag("--force-code", nargs="?", const="", help=active, **several)
     flag("--block-code", help="never choose this code, as above; may be repeated", **several)
     flag("--json", action="store_true", help="print the result as JSON")
     return parser
@@ -104,12 +93,8 @@ def sample(run, args):
         return samples, {name: count_mentions(name, new) for name in named}
 
     samples, mentions = generate(forced, args.block_code)
-    result = {
-        "prompt": args.prompt or "",
-        "samples": samples,
-        "forced": forced,
-        "blocked": args.block_code,
-    }
+    result = {"prompt": args.prompt or "", "samples": samples}
+    result |= {"forced": forced, "blocked": args.block_code}
     if named:
         result["mentions"] = mentions
         result["samples_free"], result["mentions_free"] = generate([], [])
