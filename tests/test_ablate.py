@@ -44,25 +44,6 @@ def test_random_inputs_are_inputs():
             assert (inputs[:, group] == code).all(1).any()
 
 
-def test_k_falls_from_4_to_1_while_it_is_trained():
-    book = Codebook(6, 4, similarity="distance")
-    x = torch.randn(50, 4)
-    ideas.start_with_four(book, x)
-    out = ideas.one_less(book, x)
-    assert book.ids.shape == (50, 1, 4)
-    assert (out == book.sum_codes(book.ids).flatten(-2)).all()
-
-    book.batches = 598
-    ks = []
-    for _ in range(3):
-        ideas.one_less(book, x)
-        ks.append(book.k)
-    assert ks == [2, 1, 1]
-    ideas.one_less(book.eval(), x)
-    assert book.batches == 601
-    assert book.k == 1
-
-
 def test_every_replaced_method_is_of_an_idea_and_of_codebook():
     for idea, methods in ideas.REPLACED.items():
         assert idea in ideas.IDEAS

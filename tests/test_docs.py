@@ -1,6 +1,5 @@
 """README.md and tutorial.md: their code runs and prints what they say; their map is true."""
 
-import json
 import re
 import shlex
 import shutil
@@ -22,10 +21,8 @@ from minicode.train_text import main as train_text
 ROOT = Path(__file__).parent.parent
 LITTLE = ["--steps", "2", "--batch-size", "4", "--n-embd", "32", "--n-codes-head", "16", "--k", "2"]
 FIGURES = dict.fromkeys(("before", "after", "random", "perplexity_before", "perplexity_after"), 0.5)
-STEERING = {
-    "topics": {"dragon": {**FIGURES, "codes": ["head.0.0.3", "head.1.2.5"]}},
-    "mean": FIGURES,
-}
+CODES = ["head.0.0.3", "head.1.2.5"]
+STEERING = {"topics": {"dragon": {**FIGURES, "codes": CODES}}, "mean": FIGURES}
 QUICK = ["--steps", "12", "--batch-size", "64", "--eval-every", "12", "--device", "cpu"]
 
 
@@ -38,7 +35,6 @@ def default_run(tmp_path_factory):
     """A folder with runs/fsm and runs/text in it: the defaults, hardly trained."""
     folder = tmp_path_factory.mktemp("docs")
     train_text(["--out", str(folder / "runs" / "text"), *LITTLE, "--device", "cpu"])
-    (folder / "runs" / "text" / "steering.json").write_text(json.dumps(STEERING))
     train_fsm(["--out", str(folder / "runs" / "fsm"), *QUICK])
     return folder
 
@@ -89,6 +85,7 @@ def test_commands_are_accepted(name, default_run, tmp_path, monkeypatch):
     """Each command as it stands; but training is cut short and goes elsewhere."""
     monkeypatch.setattr(topics, "N_SEQUENCES", 8)
     monkeypatch.setattr(topics, "steering_table", lambda *args: STEERING)
+    monkeypatch.setattr(topics, "find_codes", lambda *args: {"dragon": CODES})
     monkeypatch.setattr(
         study_module, "control_study", partial(study_module.control_study, n_pairs=5)
     )

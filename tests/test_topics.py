@@ -1,7 +1,6 @@
 """Steering language: the codes that stand for topics and words, and what forcing them does."""
 
 import json
-import re
 import shutil
 from types import SimpleNamespace
 
@@ -138,12 +137,11 @@ def interpreted_run(stories_run, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(topics, "steering_table", lambda *args: real(*args, n_samples=1))
         interpret(["--run", str(folder)])
-    return folder, json.loads((folder / "steering.json").read_text())
+    return folder, json.loads((folder / "interpret.json").read_text())["steering"]
 
 
 def test_steering_table_is_kept_with_the_run(interpreted_run):
-    folder, table = interpreted_run
-    assert table == json.loads((folder / "interpret.json").read_text())["steering"]
+    _, table = interpreted_run
     rows = table["topics"]
     assert len(rows) == 12
     assert {"dragon", "royals"} <= rows.keys()
@@ -153,9 +151,8 @@ def test_steering_table_is_kept_with_the_run(interpreted_run):
     for share in shares:
         assert table["mean"][share] == pytest.approx(np.mean([row[share] for row in rows.values()]))
     lines = topics.describe(table).splitlines()
-    assert re.fullmatch(r"dragon .* 2\.5 % +65\.0 %", lines[1])
-    assert re.fullmatch(r"boat [^%]*%[^%]*%[^%]*%[^%]*", lines[8])  # the paper has none
-    assert re.fullmatch(r"mean .* 12\.9 % +86\.1 %", lines[-1])
+    assert [line.split()[0] for line in lines] == ["topic", *rows, "mean"]
+    assert f"{table['mean']['after']:.1%}" in lines[-1]
 
 
 def test_forced_topic_is_named_and_its_mentions_are_counted(interpreted_run, capsys):
@@ -165,9 +162,6 @@ def test_forced_topic_is_named_and_its_mentions_are_counted(interpreted_run, cap
     topic = f"topic:{named[0]}"
     codes = table["topics"][named[0]]["codes"]
     assert expand(run, topic) == codes
-    (folder / "steering.json").rename(folder / "away")
-    assert expand(run, topic) == codes  # found anew, and the same
-    (folder / "away").rename(folder / "steering.json")
 
     flags = ["--run", folder, "--prompt", "Once", "--num-samples", "3", "--force-code", topic]
     result = as_json(capsys, *flags)
@@ -289,14 +283,3 @@ def test_topics_of_other_runs(own_run, tiny_run, capsys):
     assert "there are none of your own text: try word:" in line
     line = refusal(sample, "--run", tiny_run, *flags, capsys=capsys)
     assert "topic:dragon: only a run on text has topics and words" in line
-
-
-def test_damaged_and_stale_steering(stories_run, tmp_path, capsys):
-    folder = shutil.copytree(stories_run, tmp_path / "run")
-    flags = ["--run", folder, "--force-code", "topic:dragon"]
-    for content in ("{}", "[]", '{"topics": {"dragon": {"codes": 5}}}', "[" * 100_000):
-        (folder / "steering.json").write_text(content)
-        assert "steering.json is damaged" in refusal(sample, *flags, capsys=capsys)
-    (folder / "summary.json").unlink()  # unfinished: what was found belongs to other weights
-    train(folder, "--resume")
-    assert not (folder / "steering.json").exists()

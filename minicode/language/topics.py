@@ -1,8 +1,7 @@
 """Steering language by its codes: those of a topic or a word, and what texts become by them.
 
 Paper, section 5.2. A topic's codes are found by their precision and recall on held-out text; forced
-while text is generated, they make it be about the topic. The table that shows how far is kept with
-the run, as steering.json.
+while text is generated, they make it be about the topic.
 """
 
 import math
@@ -18,7 +17,6 @@ from tqdm import tqdm
 from minicode.control import GENERATED, Code, force
 from minicode.language.stories import stories
 from minicode.model import evaluating
-from minicode.runtime.files import read_json
 from minicode.study.detectors import detect, matches, record_codes
 
 N_SEQUENCES = 512  # that codes are recorded on
@@ -26,10 +24,6 @@ MOST = 12  # codes that are forced in all: more of them are surer, and worse Eng
 PER_HEAD = 4  # and in one codebook
 NEAR = 16  # a word's codes are those that fire on so many tokens before it
 PROMPTS = ("Once upon a time", "One day, a", "Long ago, in a land far away", "There was once a")
-PAPER = {  # share of generations about the topic, in per cent: before, and with its codes forced
-    "dragon": (2.5, 65), "slide": (2.5, 95), "friend": (42.5, 75), "flower": (0, 90),
-    "fire": (2.5, 100), "royals": (40, 87.5), "baby": (0, 90),
-}  # fmt: skip
 
 
 def held_out(run):
@@ -95,18 +89,14 @@ def expand(run, text):
         there_are = ", ".join(topics) or "none of your own text: try word:"
         raise ValueError(f"there is no topic {name!r}; there are {there_are}")
     run.sites()
-    table = run.folder / "steering.json"
-    if kind == "topic" and table.exists():
-        codes = read_json(table, lambda saved: list(map(str, saved["topics"][name]["codes"])))
+    tokens, kinds = held_out(run)
+    if kind == "topic":
+        labels = np.where(kinds["topic"][0] == topics.index(name), 0, -1)
     else:
-        tokens, kinds = held_out(run)
-        if kind == "topic":
-            labels = np.where(kinds["topic"][0] == topics.index(name), 0, -1)
-        else:
-            labels = near(run.data.texts(tokens), mention(text))
-        if not (labels == 0).any():
-            raise ValueError(f"{text}: it does not occur in the held-out text")
-        codes = find_codes(record_codes(run.model, tokens), labels, [name])[name]
+        labels = near(run.data.texts(tokens), mention(text))
+    if not (labels == 0).any():
+        raise ValueError(f"{text}: it does not occur in the held-out text")
+    codes = find_codes(record_codes(run.model, tokens), labels, [name])[name]
     if not codes:
         raise ValueError(f"{text}: no code stands for it")
     return codes
@@ -188,16 +178,10 @@ def steering_table(run, recording, labels, names, n_samples=10, max_new_tokens=1
 
 
 def describe(table):
-    """The table for people, beside the paper's."""
-    head = f"{'topic':10}{'before':>8}{'after':>8}{'random':>8}"
-    lines = [f"{head}   perplexity before, after   paper: before, after"]
-    papers = {**PAPER, "mean": np.mean(list(PAPER.values()), axis=0)}
+    """The table for people."""
+    lines = [f"{'topic':10}{'before':>8}{'after':>8}{'random':>8}   perplexity before, after"]
     rows = {**table["topics"], "mean": table["mean"]}
     for name, row in rows.items():
         line = f"{name:10}{row['before']:8.1%}{row['after']:8.1%}{row['random']:8.1%}"
-        line += f"{row['perplexity_before']:16.2f}{row['perplexity_after']:9.2f}"
-        if name in papers:
-            before, after = papers[name]
-            line += f"{before:20.1f} %{after:6.1f} %"
-        lines.append(line)
+        lines.append(f"{line}{row['perplexity_before']:16.2f}{row['perplexity_after']:9.2f}")
     return "\n".join(lines)

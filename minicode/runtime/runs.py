@@ -18,7 +18,7 @@ from minicode.runtime.options import option
 
 VERSION = 4  # of the files in a run's folder
 # By minicode.interpret:
-MADE_LATER = ("interpret.json", "report.html", "steering.json")
+MADE_LATER = ("interpret.json", "report.html")
 FILES = (
     "config.json",
     FSM.file,

@@ -3,11 +3,6 @@
 import torch
 import torch.nn.functional as F
 
-from minicode.codebook import Codebook
-
-START = Codebook.start
-FORWARD = Codebook.forward
-
 
 def cut_off(self, a, q):
     """pass_on without the straight-through estimator.
@@ -43,21 +38,6 @@ def start_at_random(self, inputs, generator=None):
     self.codes.copy_(chosen.transpose(0, 1) / self.k)
 
 
-def start_with_four(self, inputs, generator=None):
-    """start with k = 4, for `one_less`."""
-    self.k = 4
-    self.batches = 0
-    START(self, inputs, generator=generator)
-
-
-def one_less(self, x):
-    """forward with k = 4, and one less after each 200 batches that it is trained on."""
-    if self.training and self.enabled:
-        self.batches += 1
-        self.k = max(1, 4 - self.batches // 200)
-    return FORWARD(self, x)
-
-
 IDEAS = {  # the flags of each
     "the default": "",
     "similarity cosine": "--similarity cosine",
@@ -73,11 +53,9 @@ IDEAS = {  # the flags of each
     "full rate with codebooks": "--codebook-lr 1",
     "half the learning rate": "--lr 2e-3",
     "twice the learning rate": "--lr 8e-3",
-    "k from 4 to 1": "",
 }
 REPLACED = {  # the methods of Codebook that an idea replaces
     "random inputs, not k-means": {"start": start_at_random},
     "no straight-through": {"pass_on": cut_off},
     "rotation trick": {"pass_on": rotation},
-    "k from 4 to 1": {"start": start_with_four, "forward": one_less},
 }

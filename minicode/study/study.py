@@ -36,7 +36,6 @@ def study(run, recording, kinds, folder):
         result["control"] = control_study(run)
     if "topic" in kinds and run.config.block_size >= 16:  # room for the prompts, and for more
         result["steering"] = topics.steering_table(run, recording, *kinds["topic"])
-        write(run.folder / "steering.json", json.dumps(result["steering"], indent=1))
     drawn = draw(result, points)
     write(run.folder / "interpret.json", json.dumps(result, indent=1))
     write_report(run.folder / "report.html", page(run, recording, labels, measures(result), drawn))
