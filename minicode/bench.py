@@ -41,7 +41,6 @@ def main(argv=None):
     with parser.user_errors():
         device = pick_device(args.device)
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision("highest")
     result = bench(device)
     print(json.dumps(result) if args.json else describe(result))
 

@@ -93,8 +93,8 @@ def trained(folder, device="cpu"):
     tokens = run.fsm.sequences(np.random.default_rng(0), 64, run.config.block_size)
     run.model.train()  # so that each codebook keeps what reaches it
     run.model(torch.from_numpy(tokens).to(device))
-    *_, head, mlp = run.model.codebooks().items()
-    for name, codebook in (head, mlp):
+    codebooks = list(run.model.codebooks().items())
+    for name, codebook in codebooks[-2:]:
         x = codebook.inputs.transpose(0, 1).contiguous()  # (G, N, d)
         codes = codebook.codes.detach()
         yield x, codes, codebook.k, codebook.similarity, f"of {folder}: {name}"
