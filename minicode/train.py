@@ -149,7 +149,7 @@ def train(session):
         for step in range(session.step, config.steps):
             seed = config.seed * 1_000_003 + step
             generator = torch.Generator(model.device).manual_seed(seed % 2**63)
-            if step == config.dense_steps and step > 0:
+            if step == config.dense_steps > 0:
                 start_codebooks(session, generator)
                 forward = wrapped(session)
 
@@ -158,14 +158,11 @@ def train(session):
             session.step = step + 1
             session.seconds = time.monotonic() - began
 
-            revive = config.revival_is_due(session.step)
-            to_keep = config.checkpoint_is_due(session.step) or stopped
-            if revive or to_keep:
+            if config.revival_is_due(session.step):
                 check_weights(session)
-            if revive:
                 for codebook in model.codebooks().values():
                     codebook.revive(session.optimizer, generator=generator)
-            if to_keep:
+            if config.checkpoint_is_due(session.step) or stopped:
                 processes.first(keep, session)
             show(steps_bar, session, loss)
             if stopped and session.step < config.steps:
@@ -192,6 +189,7 @@ def check_weights(session):
 
 def keep(session):
     """Evaluates, if it is time to, and saves what there is so far."""
+    check_weights(session)
     config = session.config
     done = session.step
     if config.evaluation_is_due(done):

