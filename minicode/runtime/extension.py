@@ -134,11 +134,12 @@ def _key(compiler, cuda, sources):
 
 
 def _output(*command):
-    """What a command prints; nothing if it can't be run."""
+    """What a command prints, or nothing if it fails."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except OSError:
         return ""
+    return result.stdout if result.returncode == 0 else ""
 
 
 # -- the build
