@@ -26,10 +26,13 @@ from minicode.study.machine import accuracies
 
 def learning_rate(config, step):
     """Two cosines from a peak to a tenth: dense, and with codebooks. The first has a warm-up."""
-    dense = step < config.dense_steps
-    start = 0 if dense else config.dense_steps
-    end = config.dense_steps if dense else config.steps
-    peak = config.lr * config.codebook_lr if start > 0 else config.lr
+    start = 0
+    end = config.dense_steps or config.steps
+    peak = config.lr
+    if step >= end:
+        start = end
+        end = config.steps
+        peak *= config.codebook_lr
     angle = math.pi * (step - start) / (end - start)
     cosine = 0.5 * (1 + math.cos(angle))
     warm_up = min(1, (step + 1) / min(100, config.steps))
@@ -82,8 +85,7 @@ def train_step(model, forward, optimizer, config, step, data):
         group["lr"] = learning_rate(config, step)
     optimizer.zero_grad()
     x, y = batch(config, data, model.device, 0, step)
-    half = config.dtype == "bfloat16"
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
         _, loss = forward(processes.my_rows(x), processes.my_rows(y))
     pull = 0
     for codebook in active_codebooks(model).values():
@@ -122,16 +124,13 @@ def evaluate(model, data, seed, n):
 
 def codes_in_use(counts):
     """The share of codes never chosen, in all and by site, from {site: how often each was}."""
-
-    def dead(count):
-        return (count == 0).float().mean().item()
-
     sites = {}
-    for name, count in counts.items():
-        evenness = perplexity(count).mean().item()
-        sites[name] = {"dead_code_fraction": dead(count), "perplexity": evenness}
     every = torch.cat([count.flatten() for count in counts.values()])
-    return {"dead_code_fraction": dead(every), "sites": sites}
+    for name, count in counts.items():
+        dead = (count == 0).float().mean().item()
+        evenness = perplexity(count).mean().item()
+        sites[name] = {"dead_code_fraction": dead, "perplexity": evenness}
+    return {"dead_code_fraction": (every == 0).float().mean().item(), "sites": sites}
 
 
 def train(session):
@@ -150,7 +149,7 @@ def train(session):
         for step in range(session.step, config.steps):
             seed = config.seed * 1_000_003 + step
             generator = torch.Generator(model.device).manual_seed(seed % 2**63)
-            if step == config.dense_steps and step > 0:
+            if step == config.dense_steps > 0:
                 start_codebooks(session, generator)
                 forward = wrapped(session)
 
@@ -159,14 +158,11 @@ def train(session):
             session.step = step + 1
             session.seconds = time.monotonic() - began
 
-            revive = config.revival_is_due(session.step)
-            to_keep = config.checkpoint_is_due(session.step) or stopped
-            if revive or to_keep:
+            if config.revival_is_due(session.step):
                 check_weights(session)
-            if revive:
                 for codebook in model.codebooks().values():
                     codebook.revive(session.optimizer, generator=generator)
-            if to_keep:
+            if config.checkpoint_is_due(session.step) or stopped:
                 processes.first(keep, session)
             show(steps_bar, session, loss)
             if stopped and session.step < config.steps:
@@ -185,12 +181,15 @@ def wrapped(session):
 def check_weights(session):
     """FloatingPointError if they are no numbers: they can't be saved, and nothing mends them."""
     if not all(parameter.isfinite().all() for parameter in session.model.parameters()):
-        lower = f"try a lower --lr than {session.config.lr}"
-        raise FloatingPointError(f"the weights are no numbers after step {session.step}: {lower}")
+        raise FloatingPointError(
+            f"the weights are no numbers after step {session.step}: "
+            f"try a lower --lr than {session.config.lr}"
+        )
 
 
 def keep(session):
     """Evaluates, if it is time to, and saves what there is so far."""
+    check_weights(session)
     config = session.config
     done = session.step
     if config.evaluation_is_due(done):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minicode import bench
-from minicode.study.timing import extra_memory, trained
+from minicode.study.timing import trained
 
 
 @pytest.fixture
@@ -57,10 +57,3 @@ def test_trained_cases_are_what_reaches_the_last_codebooks(tiny_run):
     assert codes.shape == (1, 32, 16)
     assert k == 1
     assert what.endswith("mlp.1")
-
-
-def test_extra_memory_sees_what_a_call_takes():
-    taken = extra_memory(lambda: torch.ones(16 << 20).sum())
-    if taken is None:
-        pytest.skip("this system does not tell its peak of memory")
-    assert 60 < taken < 80

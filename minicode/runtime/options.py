@@ -22,32 +22,29 @@ def check_options(config):
     """ValueError for a field whose value is of another type, no choice, or out of range."""
     for f in fields(config):
         value = getattr(config, f.name)
+        valid = f.metadata
         if not isinstance(value, (int, float) if f.type is float else f.type):
             raise ValueError(f"{f.name} must be of type {f.type.__name__}, not {value!r}")
-        choices = f.metadata.get("choices")
-        least = f.metadata.get("least")
-        below = f.metadata.get("below")
-        if choices and value not in choices:
-            raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
-        if least is not None and not value >= least:
-            raise ValueError(f"{f.name} must be at least {least}, not {value}")
-        if below is not None and not value < below:
-            raise ValueError(f"{f.name} must be below {below}, not {value}")
+        if "choices" in valid and value not in valid["choices"]:
+            raise ValueError(f"{f.name} must be one of {valid['choices']}, not {value!r}")
+        if "least" in valid and not value >= valid["least"]:
+            raise ValueError(f"{f.name} must be at least {valid['least']}, not {value}")
+        if "below" in valid and not value < valid["below"]:
+            raise ValueError(f"{f.name} must be below {valid['below']}, not {value}")
 
 
 def add_flags(parser, cls, preset):
     """The fields of a dataclass as flags; a preset may have other defaults."""
     group = parser
     for f in fields(cls):
+        how = f.metadata["flag"]
         if f.metadata["section"]:
             group = parser.add_argument_group(f.metadata["section"])
-        if not f.metadata["flag"]:
+        if not how:
             continue
-        if f.metadata["flag"] is not True:
-            how = f.metadata["flag"]
-        elif f.type is bool:
+        if f.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        else:
+        elif how is True:
             how = {"type": f.type, "metavar": f.type.__name__}
         default = preset.get(f.name, f.default)
         text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")

@@ -5,7 +5,8 @@ Nothing read from a folder is executed; nothing in it is overwritten by accident
 
 import functools
 import json
-from dataclasses import asdict, dataclass
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -92,40 +93,41 @@ class TrainConfig(GPTConfig):
 
 
 def config_from_json(data):
-    data = dict(data)
-    if data.pop("version") != VERSION:
-        this_one = f"this one reads version {VERSION}"
-        raise ValueError(f"it was written by another version of minicode; {this_one}")
+    version = data.pop("version")
+    if version != VERSION:
+        raise ValueError(f"another version of minicode wrote it ({version}, not {VERSION})")
     return TrainConfig(**data)
 
 
 def check_run(folder, config, data, resume=False, overwrite=False):
     """ValueError unless a folder is free for a new run, or holds the one that is resumed."""
     exists = (folder / "config.json").is_file()
+    others = [path for path in folder.glob("*") if path.suffix != ".tmp"]
     if resume and not exists:
         raise ValueError(f"there is no run in {folder} to resume")
+    if others and not exists:
+        raise ValueError(f"{folder} is not empty, and not a run")
     if resume:
         check_same(folder, config, data)
     elif exists and not overwrite:
-        either = "--resume continues it, --overwrite replaces it"
-        raise ValueError(f"{folder} holds a run already: {either}")
-    elif folder.exists() and not exists and any(path.suffix != ".tmp" for path in folder.iterdir()):
-        raise ValueError(f"{folder} is not empty, and not a run")
+        raise ValueError(
+            f"{folder} holds a run already: --resume continues it, --overwrite replaces it"
+        )
 
 
 def check_same(folder, config, data):
     """ValueError unless the run in a folder has these settings and this data."""
-    saved = asdict(read_json(folder / "config.json", config_from_json))
+    saved = read_json(folder / "config.json", config_from_json)
     differ = []
-    for name, value in asdict(config).items():
-        if value != saved[name] and name not in ("device", "compile"):
+    for name, value in vars(saved).items():
+        if value != getattr(config, name) and name not in ("device", "compile"):
             differ.append(name)
     # Without its file the run was killed before it was written.
     if (folder / data.file).is_file() and read_data(folder) != data:
         differ.append("its data")
     if differ:
-        other = f"other settings than these (repeat its flags): {', '.join(differ)}"
-        raise ValueError(f"the run in {folder} has {other}")
+        names = ", ".join(differ)
+        raise ValueError(f"{folder} has other settings than these (repeat its flags): {names}")
 
 
 def make_run(folder, config, data, resume=False):
@@ -138,7 +140,7 @@ def make_run(folder, config, data, resume=False):
     for name in stale:
         (folder / name).unlink(missing_ok=True)
     if not resume:
-        write(folder / "config.json", json.dumps({"version": VERSION, **asdict(config)}, indent=1))
+        write(folder / "config.json", json.dumps({"version": VERSION, **vars(config)}, indent=1))
     if not (folder / data.file).exists():
         for name, content in data.files().items():
             write(folder / name, content)
@@ -182,8 +184,9 @@ class Run:
         """The sites whose codebooks are in use; ValueError where there are none."""
         sites = [site for site, codebook in self.model.codebooks().items() if codebook.enabled]
         if not sites:
-            none = "has no codebooks, or they were not started yet: there are no codes"
-            raise ValueError(f"the run in {self.folder} {none}")
+            raise ValueError(
+                f"the run in {self.folder} has no codebooks, or they were not started yet"
+            )
         return sites
 
 
@@ -191,19 +194,14 @@ def load_model(config, path, device):
     """The model in a file, in evaluation mode; ValueError if it is not one of this config."""
     state = read_tensors(path)
     with reading(path, "does not hold the model of config.json"):
-        if config.n_layer > len(state):
-            raise ValueError(f"it has {len(state)} tensors, for {config.n_layer} layers")
-        # Without memory, until it is known to be no more than the file's.
-        with torch.device("meta"):
-            expected = GPT(config).state_dict()
-        size = path.stat().st_size
-        wanted = sum(tensor.nbytes for tensor in expected.values())
-        if wanted > size:
-            raise ValueError(f"it has {size} bytes, of {wanted}")
-        check_tensors(state, expected)
-    model = GPT(config)
-    model.load_state_dict(state)
-    return model.to(device).eval()
+        size = sum(tensor.nbytes for tensor in state.values())
+        if config.n_layer > len(state) or size > path.stat().st_size:
+            raise ValueError(f"{len(state)} tensors of {size} bytes, for {config.n_layer} layers")
+        with torch.device("meta"):  # it takes no memory until the file is known to fill it
+            model = GPT(config)
+        check_tensors(state, model.state_dict())
+        model.to_empty(device=device).load_state_dict(state)
+    return model.eval()
 
 
 def load_run(folder, device="cpu"):
@@ -213,19 +211,22 @@ def load_run(folder, device="cpu"):
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        makes = f"python -m minicode.train_fsm --out {folder} makes one"
-        raise ValueError(f"there is no run in {folder}: {makes}")
+        raise ValueError(
+            f"there is no run in {folder}: python -m minicode.train_fsm --out {folder} makes one"
+        )
     if not (folder / "model.pt").is_file():
-        goes_on = "its command with --resume goes on with it"
-        raise ValueError(f"the run in {folder} has no checkpoint yet: {goes_on}")
+        raise ValueError(f"the run in {folder} has no checkpoint yet; --resume goes on with it")
     config = read_json(folder / "config.json", config_from_json)
     data = read_data(folder)
     if config.vocab_size != data.vocab_size:
-        sizes = f"its vocab_size is {data.vocab_size}, config.json's {config.vocab_size}"
-        raise ValueError(f"{folder / data.file} is damaged: {sizes}")
+        raise ValueError(
+            f"{folder / data.file} is damaged: its vocab_size is {data.vocab_size}, "
+            f"config.json's {config.vocab_size}"
+        )
+    model = load_model(config, folder / "model.pt", device)
     path = folder / "summary.json"
     summary = read_json(path, figures) if path.is_file() else {}
-    return Run(folder, config, load_model(config, folder / "model.pt", device), data, summary)
+    return Run(folder, config, model, data, summary)
 
 
 def latest_run():
@@ -233,4 +234,4 @@ def latest_run():
     models = list(Path("runs").glob("*/model.pt"))
     if not models:
         raise ValueError("there is no run in runs/ yet: python -m minicode.train_fsm makes one")
-    return max(models, key=lambda path: path.stat().st_mtime).parent
+    return max(models, key=os.path.getmtime).parent

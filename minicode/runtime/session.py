@@ -46,8 +46,8 @@ def make_optimizer(model, config):
     """AdamW, with weight decay on matrices, but on no bias, gain or code."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() != 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), weight_decay=0)
 
 
 @contextmanager
@@ -140,32 +140,29 @@ def load_checkpoint(session):
         session.step = int(state["step"])
         session.seconds = float(state["seconds"])
         session.metrics = [figures(line) for line in state["metrics"]]
-        in_time = 0 <= session.seconds < math.inf
-        if not (0 < session.step <= session.config.steps and in_time):
+        if not (0 < session.step <= session.config.steps and 0 <= session.seconds < math.inf):
             raise ValueError(f"step {session.step}, after {session.seconds} seconds")
         session.model.load_state_dict(state["model"])
         load_moments(session.optimizer, state["optimizer"])
 
 
 def load_moments(optimizer, found):
-    """Gives an optimizer of AdamW the moments {number of the parameter: {name: tensor}}."""
+    """Gives AdamW the moments that were found: {number of the parameter: {name: tensor}}."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    parameters = dict(enumerate(parameters))
-    moments = {}
-    for i, tensors in found.items():
+    state = optimizer.state_dict()
+    for i, moments in found.items():
         like = parameters[i]
-        wanted = {"step": torch.tensor(0.0), "exp_avg": like, "exp_avg_sq": like}
-        check_tensors(tensors, wanted)
+        check_tensors(moments, {"step": torch.tensor(0.0), "exp_avg": like, "exp_avg_sq": like})
         # Off the disk:
-        moments[i] = {name: tensor.clone() for name, tensor in tensors.items()}
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        state["state"][i] = {name: tensor.clone() for name, tensor in moments.items()}
+    optimizer.load_state_dict(state)
 
 
 def summarise(session):
     """Writes summary.json: the final figures, and those of the model just before its codebooks."""
     dense = None
     for line in session.metrics:
-        if "dead_code_fraction" not in line and session.config.sites():
+        if line["step"] == session.config.dense_steps < session.config.steps:
             dense = line
     seconds = round(session.seconds, 1)
     summary = {**session.metrics[-1], "seconds": seconds, "dense": dense}

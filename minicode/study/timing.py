@@ -1,9 +1,8 @@
-"""The ways of searching, timed side by side, and what they take of memory."""
+"""The ways of searching, timed side by side."""
 
 import importlib.util
 import time
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -36,30 +35,6 @@ def _finish():
         torch.cuda.synchronize()
 
 
-def extra_memory(method, on_gpu=False):
-    """The most memory, in MB, that a call takes beyond what there was; None where nothing tells."""
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        method()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-    peak = Path("/proc/self/clear_refs")
-    if not peak.exists():
-        return None
-    peak.write_text("5")  # it starts anew
-    before = _memory("VmRSS")
-    method()
-    return max(0.0, _memory("VmHWM") - before)
-
-
-def _memory(field):
-    """A field of Linux' account of this process, in MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    found = next(line for line in lines if line.startswith(field))
-    return int(found.split()[1]) / 1024
-
-
 def searches(x, codes, k, similarity):
     """The ways of searching there are here, {name: function}; x (G, N, d), codes (G, C, d)."""
     scale, offset = topk.scale_and_offset(codes, similarity)
@@ -67,12 +42,12 @@ def searches(x, codes, k, similarity):
     search = (x, codes, k, similarity)
     methods = {
         "matmul + topk": lambda: torch.baddbmm(offset, x, table.mT).topk(k),
-        "PyTorch, chunks": lambda: topk.search_in_chunks(*search),
+        "PyTorch, chunks": partial(topk.search_in_chunks, *search),
     }
     if native.serves(x, k):
-        how = topk.scale_and_offset
-        methods["float32"] = lambda: native.search(*search, how, coarse=False)
-        methods["coarse + float32"] = lambda: native.search(*search, how)
+        extension = partial(native.search, *search, topk.scale_and_offset)
+        methods["float32"] = partial(extension, coarse=False)
+        methods["coarse + float32"] = extension
     if importlib.util.find_spec("faiss") and not x.is_cuda:
         methods["faiss"] = _faiss(x.numpy(), table.numpy(), k, similarity)
     return methods
@@ -92,18 +67,18 @@ def _faiss(x, table, k, similarity):
 
 
 def bench_search(x, codes, k, similarity, what):
-    """One table of searches: times, GFLOP/s, MB, and times_as_fast as matmul + topk.
+    """One table of searches: times, GFLOP/s, and times_as_fast as matmul + topk.
 
     different_ids: how many of the ids are not those of PyTorch's search.
     """
     methods = searches(x, codes, k, similarity)
     exact = methods["PyTorch, chunks"]()[1]
     flop = 2 * x.numel() * codes.shape[1]
-    results = timed(methods, rounds=7 if flop > 1e8 and not x.is_cuda else 101)
+    quick = flop < 1e8 or x.is_cuda
+    results = timed(methods, rounds=101 if quick else 7)
     for name, result in results.items():
         result["gflops"] = flop / result["ms"] / 1e6
         result["times_as_fast"] = results["matmul + topk"]["ms"] / result["ms"]
-        result["extra_mb"] = extra_memory(methods[name], x.is_cuda)
         found = methods[name]()
         if isinstance(found, tuple):  # of scores and ids, both tensors
             result["different_ids"] = (found[1] != exact).sum().item()
@@ -118,6 +93,8 @@ def trained(folder, device="cpu"):
     tokens = run.fsm.sequences(np.random.default_rng(0), 64, run.config.block_size)
     run.model.train()  # so that each codebook keeps what reaches it
     run.model(torch.from_numpy(tokens).to(device))
-    for name, codebook in list(run.model.codebooks().items())[-2:]:
+    codebooks = list(run.model.codebooks().items())
+    for name, codebook in codebooks[-2:]:
         x = codebook.inputs.transpose(0, 1).contiguous()  # (G, N, d)
-        yield x, codebook.codes.detach(), codebook.k, codebook.similarity, f"of {folder}: {name}"
+        codes = codebook.codes.detach()
+        yield x, codes, codebook.k, codebook.similarity, f"of {folder}: {name}"
