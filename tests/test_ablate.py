@@ -66,14 +66,14 @@ SMALL = (
 
 def test_a_table_with_a_method_replaced_is_made_once(tmp_path, monkeypatch, capsys):
     used = []
+    before = Codebook.start
 
     def start(self, inputs, generator=None):
         used.append(self)
-        ideas.START(self, inputs, generator=generator)
+        before(self, inputs, generator=generator)
 
     monkeypatch.setitem(ideas.IDEAS, "a small one", SMALL)
     monkeypatch.setitem(ideas.REPLACED, "a small one", {"start": start})
-    before = Codebook.start
     flags = ["--out", str(tmp_path), "--seeds", "1", "--steps", "2", "a small one"]
     main(flags)
     assert len(used) == 2  # head and mlp of one layer

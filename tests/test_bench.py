@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from minicode import bench
-from minicode.study.timing import trained
 
 
 @pytest.fixture
@@ -34,26 +33,14 @@ def test_bench_prints_every_table(small, capsys):
     assert steps["dense"]["times_dense"] == 1
 
     text = bench.describe(result)
-    assert "2 x (80, 4) against 300 codes (random), k = 2" in text
+    assert "2 x (80, 4) against 300 codes, k = 2" in text
     assert f"{steps['codebooks, PyTorch']['times_dense']:.2f} of dense" in text
 
 
 def test_the_gflops_of_a_method_are_its_operations_over_its_time(small, capsys):
     x = torch.randn(2, 80, 4)
     codes = torch.randn(2, 300, 4)
-    table = bench.bench_search(x, codes, 2, "distance", "random")
+    table = bench.bench_search(x, codes, 2, "distance")
     for method in table["methods"].values():
         operations = 2 * 2 * 80 * 4 * 300
         assert method["gflops"] == pytest.approx(operations / (method["ms"] / 1e3) / 1e9)
-
-
-def test_trained_cases_are_what_reaches_the_last_codebooks(tiny_run):
-    head, mlp = trained(tiny_run)
-    x, codes, k, similarity, what = head
-    assert x.shape == (2, 64 * 12, 8)
-    assert similarity == "distance"
-    x, codes, k, similarity, what = mlp
-    assert x.shape == (1, 64 * 12, 16)
-    assert codes.shape == (1, 32, 16)
-    assert k == 1
-    assert what.endswith("mlp.1")

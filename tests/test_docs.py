@@ -83,7 +83,7 @@ COMMANDS = {  # how each is cut short
 @pytest.mark.parametrize("name", ["README.md", "tutorial.md"])
 def test_commands_are_accepted(name, default_run, tmp_path, monkeypatch):
     """Each command as it stands; but training is cut short and goes elsewhere."""
-    monkeypatch.setattr(topics, "N_SEQUENCES", 8)
+    monkeypatch.setattr(topics, "N_SEQUENCES", 64)
     monkeypatch.setattr(topics, "steering_table", lambda *args: STEERING)
     monkeypatch.setattr(topics, "find_codes", lambda *args: {"dragon": CODES})
     monkeypatch.setattr(

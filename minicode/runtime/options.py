@@ -26,7 +26,8 @@ def check_options(config):
         if not isinstance(value, (int, float) if f.type is float else f.type):
             raise ValueError(f"{f.name} must be of type {f.type.__name__}, not {value!r}")
         if "choices" in valid and value not in valid["choices"]:
-            raise ValueError(f"{f.name} must be one of {valid['choices']}, not {value!r}")
+            one_of = ", ".join(valid["choices"])
+            raise ValueError(f"{f.name} must be one of {one_of}, not {value!r}")
         if "least" in valid and not value >= valid["least"]:
             raise ValueError(f"{f.name} must be at least {valid['least']}, not {value}")
         if "below" in valid and not value < valid["below"]:

@@ -10,7 +10,6 @@ import torch
 
 from minicode import topk
 from minicode.runtime import native
-from minicode.runtime.runs import load_run
 
 
 def timed(methods, rounds=7):
@@ -66,7 +65,7 @@ def _faiss(x, table, k, similarity):
     return lambda: [search() for search in searches]
 
 
-def bench_search(x, codes, k, similarity, what):
+def bench_search(x, codes, k, similarity="cosine"):
     """One table of searches: times, GFLOP/s, and times_as_fast as matmul + topk.
 
     different_ids: how many of the ids are not those of PyTorch's search.
@@ -84,17 +83,4 @@ def bench_search(x, codes, k, similarity, what):
             result["different_ids"] = (found[1] != exact).sum().item()
     n_groups, n_rows, dim = x.shape
     sizes = {"groups": n_groups, "N": n_rows, "d": dim, "C": codes.shape[1], "k": k}
-    return {"codes": what, **sizes, "methods": results}
-
-
-def trained(folder, device="cpu"):
-    """Arguments of bench_search, from a run: what reaches the codebooks of its last layer."""
-    run = load_run(folder, device)
-    tokens = run.fsm.sequences(np.random.default_rng(0), 64, run.config.block_size)
-    run.model.train()  # so that each codebook keeps what reaches it
-    run.model(torch.from_numpy(tokens).to(device))
-    codebooks = list(run.model.codebooks().items())
-    for name, codebook in codebooks[-2:]:
-        x = codebook.inputs.transpose(0, 1).contiguous()  # (G, N, d)
-        codes = codebook.codes.detach()
-        yield x, codes, codebook.k, codebook.similarity, f"of {folder}: {name}"
+    return {**sizes, "methods": results}
