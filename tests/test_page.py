@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from minicode.study.figures import bars, lines, scatter, ticks
+from minicode.study.figures import bars, scatter, ticks
 from minicode.study.page import write_report
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -98,20 +98,6 @@ def test_bars_and_their_errors_are_where_the_axis_says():
     assert {"a", "b", "one", "two"} <= set(texts(svg))
 
 
-def test_lines_break_where_a_value_is_missing_and_the_reference_is_at_its_value():
-    curve = ([0, 1, 2, 3], [0, 0.5, NAN, 1.0])
-    svg = lines({"a": curve}, title="t", y="share", reference=(0.25, "chance"))
-    line = next(path.get("d") for path in paths(svg) if path.get("stroke-width") == "2")
-    assert line.count("M") == 2
-    assert line.count("L") == 1
-    dashed = next(path for path in paths(svg) if path.get("stroke-dasharray") == "4 3")
-    ys = axis(svg, "end")
-    level = ys[0][1] + 0.25 * (ys[1][1] - ys[0][1])
-    assert [y for _, y in places(dashed)] == near([level, level])
-    assert {"chance", "share"} <= set(texts(svg))
-    assert {0, 1, 2, 3} <= set(axis(svg, "middle"))
-
-
 def test_scatter_has_a_dot_a_point_and_larger_ones_with_labels():
     points = [(0, 0), (1, 1), (0.5, NAN), (1, 0)]
     svg = scatter(points, [0, 1, 1, 1], ["", "", "", "seven"], title="t")
@@ -127,28 +113,22 @@ HOSTILE = {"title": "<script>&\"'", "x": "<b>", "y": "]]>"}
 CHARTS = {
     "nothing": [
         bars([], {}),
-        lines({}),
         scatter([]),
-        lines({}, reference=(0.1, "chance")),
     ],
     "missing": [
         bars(["a"], {"b": [NAN]}, {"b": [NAN]}),
-        lines({"a": ([0, NAN], [NAN, None])}),
         scatter([(NAN, 1), (2, INF)]),
     ],
     "one value": [
         bars(["a"], {"b": [-3]}),
         bars(["a"], {"b": [0]}),
-        lines({"a": ([5], [5])}),
         scatter([(1e-9, 0)]),
     ],
     "large": [
         scatter([(i / 7, i / 3) for i in range(3000)]),
-        lines({"a": (list(range(3000)), list(range(3000)))}),
     ],
     "hostile": [
         bars(["<i>"], {"&amp;": [1], '"': [2]}, **HOSTILE),
-        lines({"<i>": ([0], [1]), "&": ([0], [1])}, reference=(1, "<u>"), **HOSTILE),
         scatter([(0, 1)], labels=["<i>"], **HOSTILE),
     ],
 }

@@ -1,4 +1,4 @@
-"""Charts as SVG, in plain Python: bars, lines and scatter, each of which returns a string.
+"""Charts as SVG, in plain Python: bars and scatter, each of which returns a string.
 
 Every chart takes `title`, which screen readers read, and the labels of its axes, `x` and `y`.
 Values that are None, NaN or infinite are left out. An axis of numbers always shows 0.
@@ -112,19 +112,11 @@ class Chart(Drawing):
                 self.path([(self.x.low, value), (self.x.high, value)], "grid")
             self.text(left - 7, self.y(value) + 4.5, text, "end")
 
-    def path(self, points, color="ink", width=1, joined=True, **look):
-        """A line through the points that are finite, broken at others.
-
-        joined: False draws a dot at each instead.
-        """
-        d = ""
-        pen = "M"
-        for x, y in points:
-            here = finite(x, y)
-            if here:
-                d += f"{pen}{self.x(x):.1f},{self.y(y):.1f}h0"
-            pen = "L" if here and joined else "M"
-        self.shape(d, color, width, **look)
+    def path(self, points, color="ink", width=1, pen="L", **look):
+        """A line through the points that are finite; or, with the pen "M", a dot at each."""
+        places = [f"{self.x(x):.1f},{self.y(y):.1f}h0" for x, y in points if finite(x, y)]
+        if places:
+            self.shape("M" + pen.join(places), color, width, **look)
 
 
 def bars(groups, series, errors=None, cover=(), **labels):
@@ -158,31 +150,6 @@ def bars(groups, series, errors=None, cover=(), **labels):
     return chart.svg()
 
 
-def lines(series, reference=None, **labels):
-    """series {name: (xs, ys)}, a line each, with dots where they are few.
-
-    reference: (y, label) of a line across.
-    """
-    every_x = []
-    every_y = []
-    for xs, ys in series.values():
-        every_x += xs
-        every_y += ys
-    if reference:
-        level, text = reference
-        every_y.append(level)
-    chart = Chart(every_x, every_y, series, **labels)
-    for i, (xs, ys) in enumerate(series.values()):
-        points = list(zip(xs, ys))
-        chart.path(points, f"c{i % 6}", 2)
-        if len(points) <= 40:
-            chart.path(points, f"c{i % 6}", 7, joined=False)
-    if reference:
-        chart.path([(0, level), (chart.x.high, level)], dash="4 3")
-        chart.text(chart.x.end, chart.y(level) - 6, text, "end", "label")
-    return chart.svg()
-
-
 def scatter(points, colors=None, labels=None, diagonal=False, cover=(), **axes):
     """Points (x, y) in the colours 0, 1, 2 ...; one with a label is larger than the others.
 
@@ -199,10 +166,10 @@ def scatter(points, colors=None, labels=None, diagonal=False, cover=(), **axes):
         chart.path([(0, 0), (end, end)], dash="4 3")
     for color in set(colors):
         of_color = [point for point, other in zip(points, colors) if other == color]
-        chart.path(of_color, f"c{color % 6}", 5, joined=False)
+        chart.path(of_color, f"c{color % 6}", 5, "M")
     for point, color, label in zip(points, colors, labels):
         if label and finite(*point):
             x, y = point
             chart.path([point], f"c{color % 6}", 12)
-            chart.text(chart.x(x) + 9, chart.y(y) + 4.5, label, color="label")
+            chart.text(chart.x(x), chart.y(y) - 9, label, "end", "label")
     return chart.svg()
