@@ -46,7 +46,7 @@ class TrainConfig(GPTConfig):
     checkpoint_every: int = option(
         1000, "steps between checkpoints, besides those at evaluations", least=1
     )
-    # Not the paper's: these but `autoencoding`, and `similarity`. What each gains is in the README.
+    # Not the paper's: these but `autoencoding`, and `similarity`. Their gains: tutorial.md, section 14.
     dense_share: float = option(
         0.5,
         "share of the steps without codebooks, which then start by k-means; 0: from random codes",
