@@ -46,7 +46,7 @@ class TrainConfig(GPTConfig):
     checkpoint_every: int = option(
         1000, "steps between checkpoints, besides those at evaluations", least=1
     )
-    # Not the paper's: these but `autoencoding`, and `similarity`. Their gains: tutorial.md, section 14.
+    # Not the paper's, but for `autoencoding`: tutorial.md, section 14, has what each gains.
     dense_share: float = option(
         0.5,
         "share of the steps without codebooks, which then start by k-means; 0: from random codes",
