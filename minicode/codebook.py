@@ -27,7 +27,8 @@ class Codebook(nn.Module):
     ids           (..., G, k), best first
     autoencoding  in training, mean |q - stop_gradient(a)|² an element (section 2.2): moves codes
     commitment    in training, mean |a - stop_gradient(q)|² an element: moves activations
-    The training loop adds these two to its loss; codes learn by gradient, of both and through q.
+    The training loop adds these two to its loss. Codes learn by gradient: that of `autoencoding`,
+    and that of the task's loss, through q.
     """
 
     def __init__(self, n_codes, dim, k=1, groups=1, similarity="cosine", layer_norm=False):
@@ -71,7 +72,10 @@ class Codebook(nn.Module):
         return F.layer_norm(a, (self.dim,)) if self.layer_norm else a
 
     def search(self, a, extra=0):
-        """Ids (..., G, k + extra) of the codes most similar to a (..., G, d), best first."""
+        """Ids (..., G, k + extra) of the codes most similar to a (..., G, d), best first.
+
+        extra: so many more than k, for a control that blocks some.
+        """
         return topk_codes(a, self.codes, self.k + extra, self.similarity)[1]
 
     def sum_codes(self, ids):
@@ -103,9 +107,10 @@ class Codebook(nn.Module):
         """Moves dead codes onto inputs of the last training batch that are far from every code.
 
         Dead is a code chosen less than a twentieth as often as the mean code since the last call.
-        Inputs are drawn as `start` draws its seeds, but by the fourth power of the distance:
-        from things that share a code, not from the scatter of one. The optimizer's moments of a
-        revived code are set to zero. Returns how many were dead.
+        Inputs are drawn as `start` draws its seeds, but by the fourth power of the distance, not
+        the second: so a dead code goes to something that has no code of its own yet, rather than
+        to the fringe of something that has one. The optimizer's moments of a revived code are set
+        to zero. Returns how many were dead.
         """
         dead = self.usage < 0.05 * self.usage.mean(-1, keepdim=True)  # (G, C)
         self.usage.zero_()
@@ -147,7 +152,7 @@ class Codebook(nn.Module):
         processes.take_from_first(self)
 
     def _refine(self, a):
-        """Moves each code by a k-th of what the sums that it is part of lack of a (N, G, d).
+        """Adds to each code the mean of a - q where it is used, divided by k; a (N, G, d).
 
         All k codes of a sum move: a k-th is as far as they can go without making the sums worse.
         """
@@ -156,8 +161,10 @@ class Codebook(nn.Module):
         self.codes += total / count.clamp_min(1) / self.k
 
     def _gather(self, ids, values):
-        """For each code, how often ids (N, G, k) name it (G, C, 1), and the sum there of values
-        (N, G, d): (G, C, d)."""
+        """How often ids (N, G, k) name each code, and the sum of values (N, G, d) where they do.
+
+        Both by code: (G, C, 1) and (G, C, d).
+        """
         total = torch.zeros_like(self.codes)
         for rows in self._rows(ids).flatten(0, 1).T:  # k of (N * G)
             total.view(-1, self.dim).index_add_(0, rows, values.flatten(0, 1))
@@ -171,8 +178,8 @@ class Codebook(nn.Module):
     def _seeds(self, a, n, generator, nearest=None, power=1):
         """n of a (G, N, d), far from each other and from what is at distances `nearest` (G, N).
 
-        In 16 lots, each drawn in proportion to (the power of) the squared distance to what is there
-        already (k-means||, Bahmani et al. 2012): rare clusters get codes, and none gets many.
+        In 16 lots, each drawn in proportion to the squared distance, to that power, from what was
+        drawn before (k-means||, Bahmani et al. 2012): rare clusters get codes, and none gets many.
         """
         seeds = []
         for lot in torch.arange(n).tensor_split(min(16, n)):

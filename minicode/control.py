@@ -1,8 +1,8 @@
 """Reading and steering a network by its codes: record(model), force(model, codes), block(...).
 
-A code is written mlp.LAYER.CODE, or head.LAYER.HEAD.CODE, with @POSITION behind it where one
-position is meant: mlp.1.527, head.0.3.12@4, mlp.1.527@-1 (from the end of the prompt). As in the
-paper's tables.
+As in the paper's tables, a code is written mlp.LAYER.CODE, or head.LAYER.HEAD.CODE, with @POSITION
+behind it where one position is meant: mlp.1.527, head.0.3.12@4, mlp.1.527@-1 (from the end of the
+prompt).
 """
 
 import operator
@@ -43,8 +43,8 @@ class Code:
         site, head, number, position = match.groups()
         codebook = codebook_of(model, site, text)
         if site.startswith("head.") != bool(head):
-            wanted = "needs its head: head.LAYER.HEAD.CODE, as in head.0.3.12"
-            raise ValueError(f"{text}: a head's code, and no other, {wanted}")
+            wanted = "write head.LAYER.HEAD.CODE, as in head.0.3.12, for a head, and for it alone"
+            raise ValueError(f"{text}: {wanted}")
         for what, value, n in (
             ("head", head or 0, codebook.groups),
             ("code", number, codebook.n_codes),
@@ -98,7 +98,7 @@ def force(model, codes, position=None):
 
     codes     a code or a list of codes in the notation above, or a dict {"mlp.1": ids} with ids
               (G, k) for all sequences or (B, G, k) for each, as `record` gives for one position
-    position  where codes are forced that don't say so themselves; None: everywhere
+    position  of the codes that name none themselves; None: everywhere
 
     If a forced code is chosen already nothing changes, to the last bit; else it takes the place of
     the weakest of the k chosen that is not forced itself. Blocks nest. ValueError for codes that
@@ -122,7 +122,7 @@ class _Edit:
     name: str  # as the user wrote it
     ids: torch.Tensor  # (B or 1, 1, G, 1), -1 in groups that it is not about
     position: int | str | None
-    reached: bool | None = None  # None until the model runs
+    reached: bool | None = None  # whether any input had such a position; None before the first
 
     def where(self, model, a):
         """The places of a (B, T, G, d) that this edit is about: bool (B or 1, T, G, 1)."""
@@ -165,7 +165,7 @@ class _Control:
         return ids
 
     def search_around(self, a, blocked):
-        """As many more are searched for as are blocked, and those that are go to the end."""
+        """Searches for one more code for each that is blocked, and moves those to the end."""
         k = self.codebook.k
         n_others = self.codebook.n_codes - k
         ids = self.codebook.search(a, extra=min(len(blocked), n_others))  # (B, T, G, k + extra)

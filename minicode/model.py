@@ -84,7 +84,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cache=None):
         qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, d)
         q, *kv = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, d) each
-        if cache is not None:  # {layer: (k, v)} of the positions before
+        if cache is not None:  # this layer's (k, v) of the positions before
             if self in cache:
                 kv = [torch.cat(parts, dim=2) for parts in zip(cache[self], kv)]
             cache[self] = kv
@@ -138,8 +138,9 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.span = range(0)  # the positions of the last forward pass
-        self.prompt_length = 0  # tokens of the last pass that followed no cache
+        # For minicode.control: the positions of the last forward pass, and the prompt's length.
+        self.span = range(0)
+        self.prompt_length = 0
         # nanoGPT starts all at 0.02; at 64 dimensions that costs TokFSM half of its training.
         for name, weight in self.named_parameters():
             if weight.dim() == 2:

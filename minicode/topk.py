@@ -1,8 +1,8 @@
 """The search: for every activation, the k codes that are most similar to it.
 
-`definition` says what is meant, in five lines of PyTorch. `topk_codes` gives the same ids without
-ever storing the N x C scores: by the extension in csrc/ where it can be built, else in PyTorch,
-chunk by chunk. `python -m minicode.topk` tells which, and builds it.
+`definition` says what is meant, in five lines of PyTorch. `topk_codes` gives the same ids (but where
+scores differ by rounding alone) and never stores the N x C scores: by the extension in csrc/ where
+it can be built, else in PyTorch, chunk by chunk. `python -m minicode.topk` tells which.
 """
 
 import torch
@@ -22,7 +22,7 @@ def definition(x, codes, k, similarity):
 
 
 def scale_and_offset(codes, similarity):
-    """Every similarity is x·c * scale + offset, with one of each a code: both (G, 1, C).
+    """Every similarity is x·c * scale + offset: one scale and one offset a code, both (G, 1, C).
 
     cosine: x·c / |c|, as |x| changes no rank (0 for c = 0); distance: x·c - |c|²/2, which ranks
     as -|x - c|² does; dot: x·c.
@@ -76,7 +76,7 @@ def _(x, codes, k, similarity):
 
 
 def search_in_chunks(x, codes, k, similarity):
-    """The definition for so many rows at a time that their scores take 64 MB; on a CPU, 8."""
+    """The definition, in chunks of rows whose scores take 64 MB, or on a CPU 8."""
     scale, offset = scale_and_offset(codes, similarity)
     table = (codes.float() * scale.mT).mT  # (G, d, C)
     n_scores = codes.shape[0] * codes.shape[1]  # a row
@@ -96,8 +96,8 @@ def best_of(scores, k):
     scores.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if k == 1:
         return scores.max(dim=-1, keepdim=True)  # the first of equals
-    best, ids = scores.topk(min(k + 1, scores.shape[-1]))
-    tied = (best[..., 1:] == best[..., :-1]).any(-1)  # (G, n): there topk takes any of them
+    best, ids = scores.topk(min(k + 1, scores.shape[-1]))  # one more, which may equal the k-th
+    tied = (best[..., 1:] == best[..., :-1]).any(-1)  # (G, n): of equals topk takes any
     best = best[..., :k]
     ids = ids[..., :k]
     if tied.any():

@@ -61,7 +61,10 @@ def ticks(values):
 
 
 class Axis:
-    """An axis of names, at 0, 1, 2 ..., or of numbers; axis(value) is in pixels."""
+    """An axis of names, at 0, 1, 2 ..., or of numbers; axis(value) is in pixels.
+
+    ticks   {where it stands: what stands there}
+    """
 
     def __init__(self, values, start, end):
         self.start = start
