@@ -1,8 +1,8 @@
 """The search: for every activation, the k codes that are most similar to it.
 
-`definition` says what is meant, in five lines of PyTorch. `topk_codes` gives the same ids (but where
-scores differ by rounding alone) and never stores the N x C scores: by the extension in csrc/ where
-it can be built, else in PyTorch, chunk by chunk. `python -m minicode.topk` tells which.
+`definition` says what is meant, in five lines of PyTorch. `topk_codes` gives the same ids (but
+where scores differ by rounding alone) and never stores the N x C scores: by the extension in csrc/
+where it can be built, else in PyTorch, chunk by chunk. `python -m minicode.topk` tells which.
 """
 
 import torch

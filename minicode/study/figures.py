@@ -25,6 +25,7 @@ class Drawing:
         self.parts = []
 
     def text(self, x, y, text, anchor="start", color=""):
+        """Text that starts at a point; its middle is there, or its end, by the anchor."""
         if text:
             place = f'class="{color}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
             self.parts.append(f"<text {place}>{escape(text)}</text>")
@@ -37,6 +38,7 @@ class Drawing:
         self.parts.append(f'<path {look} d="{d}">{tip}</path>')
 
     def svg(self):
+        """The sheet as the text of a file, or of an element of a page."""
         about = f'class="chart" role="img" aria-label="{self.title}" {self.size}'
         head = f"<title>{self.title}</title><style>{STYLE}</style>"
         body = "".join(self.parts)
@@ -44,6 +46,7 @@ class Drawing:
 
 
 def finite(*values):
+    """Whether all of them are there, and numbers."""
     return all(value is not None and math.isfinite(value) for value in values)
 
 
@@ -67,10 +70,9 @@ class Axis:
     """
 
     def __init__(self, values, start, end):
-        self.start = start
-        self.end = end
         self.named = bool(values) and isinstance(values[0], str)
-        if self.named:
+        if self.named:  # from the top down
+            start, end = end, start
             self.ticks = dict(enumerate(values))
             self.low = -0.5
             self.high = len(values) - 0.5
@@ -79,10 +81,11 @@ class Axis:
             self.ticks = {number: f"{number:,.10g}" for number in numbers}
             self.low = numbers[0]
             self.high = numbers[-1]
+        self.start = start
+        self.scale = (end - start) / (self.high - self.low)  # pixels
 
     def __call__(self, value):
-        share = (value - self.low) / (self.high - self.low)
-        return self.start + share * (self.end - self.start)
+        return self.start + self.scale * (value - self.low)
 
 
 class Chart(Drawing):
@@ -92,7 +95,7 @@ class Chart(Drawing):
         super().__init__(title, WIDTH, height)
         # from the top: the legend, a line for each name, and what the y axis shows
         top = 10
-        for i, name in enumerate(legend if len(legend) > 1 else ()):
+        for i, name in enumerate(legend):
             self.shape(f"M0 {top - 6}h11v11h-11z", f"c{i % 6}", 0, "currentColor")
             self.text(17, top + 4, name)
             top += 20
@@ -101,8 +104,6 @@ class Chart(Drawing):
         # the axes, with what stands left of the one and below the other
         bottom = height - 46
         self.y = Axis(ys, bottom, top)
-        if self.y.named:  # from the top down
-            self.y = Axis(ys, top, bottom)
         left = 12 + LETTER * max(map(len, self.y.ticks.values()))
         self.x = Axis(xs, left, WIDTH - 20)
         self.text((left + WIDTH) / 2, height - 8, x, "middle")
@@ -121,6 +122,18 @@ class Chart(Drawing):
         if places:
             self.shape("M" + pen.join(places), color, width, **look)
 
+    def bar(self, middle, half, value, error, color, name):
+        """A bar from 0 to a value, and its error bar if it has one; pointed at, it says both."""
+        above = middle - half
+        below = middle + half
+        box = [(0, above), (value, above), (value, below), (0, below)]
+        note = f"{name}: {value:.4g}"
+        if finite(error):
+            note += f" ± {error:.2g}"
+        self.path(box, color, 0, fill="currentColor", note=note)
+        if finite(error):
+            self.path([(value - error, middle), (value + error, middle)], width=1.5)
+
 
 def bars(groups, series, errors=None, cover=(), **labels):
     """Bars one below the other: series {name: a value for each group}.
@@ -137,25 +150,19 @@ def bars(groups, series, errors=None, cover=(), **labels):
     for i, (name, values) in enumerate(series.items()):
         half = errors[name] if errors else [None] * len(values)
         for j, (value, error) in enumerate(zip(values, half)):
-            if not finite(value):
-                continue
             # the bars of a group share eight tenths of its place
             middle = j + 0.8 * ((i + 0.5) / n - 0.5)
-            above = middle - 0.36 / n
-            below = middle + 0.36 / n
-            box = [(0, above), (value, above), (value, below), (0, below)]
-            note = f"{groups[j]}, {name}: {value:.4g}"
-            if finite(error):
-                note += f" ± {error:.2g}"
-            chart.path(box, f"c{i % 6}", 0, fill="currentColor", note=note)
-            if finite(error):
-                chart.path([(value - error, middle), (value + error, middle)], width=1.5)
+            if finite(value):
+                chart.bar(middle, 0.36 / n, value, error, f"c{i % 6}", f"{groups[j]}, {name}")
     return chart.svg()
 
 
 def scatter(points, colors=None, labels=None, diagonal=False, cover=(), **axes):
-    """Points (x, y) in the colours 0, 1, 2 ...; one with a label is larger than the others.
+    """Dots at points.
 
+    points     [(x, y), ...]
+    colors     of each 0, 1, 2 ...
+    labels     of each a name, or ""; one with a name is larger than the others
     diagonal   draws the line on which x = y
     cover      numbers that both axes have to reach
     """
