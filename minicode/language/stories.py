@@ -20,13 +20,12 @@ class Stories:
 
     def __init__(self):
         grammar = Path(__file__).with_name("stories.txt").read_text()
-        grammar = re.sub(r"^#.*\n", "", grammar, flags=re.M)
         self.moods = []  # lines and ends of each
         self.topics = {}  # of each its words, beginnings, lines and ends
         self.mention = {}  # of each topic the pattern that mentions it
         self.lines = {}  # what else there is, such as openings
         for title, body in SECTION.findall(grammar):
-            parts = [part.split("\n") for part in re.split(r"\n\n+", body.strip())]
+            parts = [part.splitlines() for part in body.strip().split("\n\n")]
             kind, _, name = title.partition(" ")
             if kind == "mood":
                 self.moods.append(parts)
@@ -38,10 +37,10 @@ class Stories:
             else:
                 self.lines[kind] = parts[0]
         self.words = read_words(self.lines["words"])
-        self.people = []  # (name, [kind, he, him, his])
+        self.people = []  # (name, kid, he, him, his)
         for line in self.lines["characters"]:
             kind, names = line.split(": ")
-            self.people += [(name, kind.split()) for name in names.split()]
+            self.people += [(name, *kind.split()) for name in names.split()]
 
     def story(self, number):
         """Story `number` as a list of (sentence, topic); the topic is None until it has come in.
@@ -50,12 +49,12 @@ class Stories:
         """
         rng = random.Random(number)
         words = dict(self.words)
-        for end, (name, kind) in zip(("", "2"), rng.sample(self.people, 2)):
-            for slot, word in zip(("name", "kid", "he", "him", "his"), (name, *kind)):
+        for end, person in zip(("", "2"), rng.sample(self.people, 2)):
+            for slot, word in zip(("name", "kid", "he", "him", "his"), person):
                 words[slot + end] = [word]
         story = []
         before = None
-        for pattern, topic in self.plan(rng):
+        for pattern, topic in list(self.plan(rng)):  # all of it, before a word is drawn
             if topic != before:
                 words.update(self.topics[topic][0])
                 before = topic
@@ -70,17 +69,17 @@ class Stories:
         mood, mood_ends = rng.choice(self.moods)
         opening = rng.choice(self.lines["opening"])
         about = rng.sample(self.lines["about"], rng.choice((0, 1, 1, 2)))
-        plan = [(pattern, None) for pattern in (opening, *about)]
+        for pattern in (opening, *about):
+            yield pattern, None
         others = iter(rng.sample(self.lines["shared"], 4) + rng.sample(mood, 4))
         for topic in topics:
             _, beginnings, own, ends = self.topics[topic]
             lines = rng.sample(own, rng.randint(3, 5))
             lines += islice(others, rng.randint(1, 3))
             beginning = rng.choice(beginnings)
-            lines = rng.sample(lines, len(lines))
-            plan += [(pattern, topic) for pattern in (beginning, *lines)]
-        end = rng.choice(rng.choice((ends, mood_ends)))
-        return [*plan, (end, topic)]
+            for pattern in (beginning, *rng.sample(lines, len(lines))):
+                yield pattern, topic
+        yield rng.choice(rng.choice((ends, mood_ends))), topic
 
 
 def fill(pattern, words, rng):
@@ -92,8 +91,7 @@ def fill(pattern, words, rng):
             return fill(rng.choice(choices.split("|")), words, rng)
         name = slot.lower()
         if len(words[name]) > 1:
-            drawn = rng.choice(words[name])
-            words[name] = [fill(drawn, words, rng)]
+            words[name] = [fill(rng.choice(words[name]), words, rng)]
         word = words[name][0]
         return word if slot == name else word[0].upper() + word[1:]
 

@@ -1,7 +1,6 @@
 """Language: stories made on the spot, whose topics are known, or the user's own text."""
 
 import codecs
-import hashlib
 import json
 import math
 import re
@@ -20,6 +19,7 @@ from minicode.runtime.options import check_options, option
 
 N_STORIES = 4000  # that the vocabulary is counted on
 N_WORDS = 200  # frequent words that codes may stand for
+TOKEN = "<u2"  # as tokens are written
 
 
 @dataclass(eq=False)
@@ -41,10 +41,12 @@ class Text:
         {"nargs": "+", "metavar": "FILE"},
     )
     vocab: int = option(
-        2048, "tokens in the vocabulary, at most: 257, and the most frequent words", least=257
+        2048,
+        "tokens in the vocabulary, at most: 257, and the most frequent words",
+        least=257,
+        below=65_537,
     )
     pieces: list | None = option(None, "those words", flag=False)
-    fingerprint: str = option("", "hash of the text", flag=False)
     n_tokens: list | None = option(None, "tokens to train on, and held out", flag=False)
     loss_unigram: float = option(
         0.0, "loss on held-out text when only each token's frequency is known", flag=False
@@ -58,14 +60,10 @@ class Text:
         self.tokenizer = Tokenizer(self.pieces)
         self.vocab_size = self.tokenizer.vocab_size
         self.vocabulary = [self.show([SEPARATOR, token]) for token in range(self.vocab_size)]
-        if self.data:
-            self.most_block = min(self.n_tokens) - 1
-            self.detected = ("word", "after")  # what codes are compared with neurons on
-            self.topics = []
-        else:
-            self.most_block = math.inf
-            self.detected = ("topic",)
-            self.topics = list(stories().topics)
+        self.most_block = min(self.n_tokens) - 1
+        self.topics = [] if self.data else list(stories().topics)
+        # What codes are compared with neurons on:
+        self.detected = ("word", "after") if self.data else ("topic",)
 
     def __str__(self):
         if self.data:
@@ -75,9 +73,11 @@ class Text:
         return f"{about}, a vocabulary of {self.vocab_size}"
 
     def __eq__(self, other):
+        """Whether both are the same text, by all that is counted of it."""
         if not isinstance(other, Text):
             return False
-        return self.fingerprint == other.fingerprint and self.pieces == other.pieces
+        same = self.pieces == other.pieces and self.n_tokens == other.n_tokens
+        return same and math.isclose(self.loss_unigram, other.loss_unigram)
 
     # -- read once, before the training
 
@@ -94,12 +94,9 @@ class Text:
         """The vocabulary, by frequency in the part to train on, and the figures that follow."""
         counts = Counter(), Counter()  # of pieces, to train on and held out
         n_documents = [0, 0]
-        digest = hashlib.blake2b(digest_size=16)
         for text, held_out in self._documents():
             counts[held_out].update(PIECES.findall(text))
             n_documents[held_out] += 1
-            digest.update(text.encode())
-        self.fingerprint = digest.hexdigest()
 
         frequent = [
             (-n, piece) for piece, n in counts[0].items() if n > 1 and len(to_bytes(piece)) > 1
@@ -108,61 +105,50 @@ class Text:
         self.pieces = [piece for _, piece in sorted(frequent)[:n_pieces]]
 
         tokenizer = Tokenizer(self.pieces)
-        used = np.zeros((2, tokenizer.vocab_size))
+        used = np.zeros((2, tokenizer.vocab_size), int)
         used[:, SEPARATOR] = n_documents
         for part in range(2):
             for piece, n in counts[part].items():
                 np.add.at(used[part], tokenizer.encode(piece), n)
-        self.n_tokens = [int(n) for n in used.sum(1)]
+        self.n_tokens = used.sum(1).tolist()
+        n_train, n_held_out = self.n_tokens
         if min(self.n_tokens) < 2:
-            n_train, n_held_out = self.n_tokens
             found = f"{n_train} tokens to train on, {n_held_out} held out"
             raise ValueError(f"{' '.join(self.data)}: too little text: {found}")
 
         train, held_out = used
         p = (train + 1) / (train + 1).sum()
-        self.loss_unigram = float(-(held_out * np.log(p)).sum() / held_out.sum())
+        self.loss_unigram = float(-(held_out * np.log(p)).sum() / n_held_out)
 
     # -- files
 
-    @property
-    def dtype(self):
-        """Of the tokens in their file."""
-        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<i4")
-
     def files(self):
         """What a run's folder keeps: the tokens of the user's own text, and all else as JSON."""
-        about = {self.file: json.dumps(asdict(self))}
-        if not self.data:
-            return about
-        encode = self.tokenizer.encode
-        tokens = (token for text, _ in self._documents() for token in (*encode(text), SEPARATOR))
-        return {self.tokens_file: np.fromiter(tokens, self.dtype), **about}
+        files = {}
+        if self.data:
+            encoded = (self.tokenizer.encode(text) for text, _ in self._documents())
+            tokens = (token for document in encoded for token in (*document, SEPARATOR))
+            files[self.tokens_file] = np.fromiter(tokens, TOKEN)
+        return {**files, self.file: json.dumps(asdict(self))}
 
     def settle(self, folder):
         """Finds the tokens of the user's own text in a run's folder, memory-mapped."""
         if not self.data:
             return
         path = folder / self.tokens_file
-        n_train, n_held_out = self.n_tokens
         with reading(path):
-            tokens = np.memmap(path, self.dtype, mode="r")
-            if len(tokens) != n_train + n_held_out:
+            tokens = np.memmap(path, TOKEN, mode="r")
+            if len(tokens) != sum(self.n_tokens):
                 raise ValueError(f"it does not hold the tokens of {self.file}")
-            if tokens.min() < 0 or tokens.max() >= self.vocab_size:
+            if tokens.max() >= self.vocab_size:
                 raise ValueError(f"it has tokens beyond the vocabulary of {self.vocab_size}")
-        self.parts = tokens[:n_train], tokens[n_train:]
+            self.parts = np.split(tokens, self.n_tokens[:1])
 
     @classmethod
     def from_json(cls, data):
-        """The text of `files`. Every value is checked: the user's files are not read again."""
-        n_train, n_held_out = data["n_tokens"]
-        if not all(type(piece) is str for piece in data["pieces"]):
-            raise ValueError("its pieces must be strings")
-        if type(n_train) is not int or type(n_held_out) is not int or min(n_train, n_held_out) < 0:
-            raise ValueError("its n_tokens must be whole numbers")
-        if not math.isfinite(data["loss_unigram"]):
-            raise ValueError("its loss must be finite")
+        """The text of `files`: the user's own are not read again."""
+        if data["pieces"] is None or not math.isfinite(data["loss_unigram"]):
+            raise ValueError("it lacks the words, or the loss")
         return cls(**data)
 
     # -- what is trained on, and what is not
@@ -197,9 +183,8 @@ class Text:
         """Windows, and the topic at each position (None for the user's own text): (n, length)."""
         if self.data:
             part = self.parts[held_out]
-            starts = rng.integers(len(part) - length + 1, size=n)
-            windows = [part[start : start + length] for start in starts]
-            return np.stack(windows).astype(np.int64), None
+            starts = rng.integers(len(part) - length + 1, size=(n, 1))
+            return part[starts + np.arange(length)].astype(np.int64), None
         tokens = []  # one story after the other: a window goes on where the last one ended
         labels = []
         while len(tokens) < n * length:
