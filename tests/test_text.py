@@ -284,19 +284,6 @@ def test_documents_are_cut_where_they_are_too_long_and_nothing_is_lost(
     assert "\u6f22" * 50 in own.tokenizer.decode(train + held_out)
 
 
-def test_a_vocabulary_beyond_16_bits(own_file, tmp_path, monkeypatch):
-    _, *parts = text_in(tmp_path / "a", own_file)
-    monkeypatch.setattr(Text, "dtype", np.dtype("<i4"))
-    assert list(text_in(tmp_path / "b", own_file)[1:]) == parts
-    size = (tmp_path / "a" / "tokens.bin").stat().st_size
-    assert (tmp_path / "b" / "tokens.bin").stat().st_size == 2 * size
-    monkeypatch.undo()
-    own = Text([own_file], 500)
-    for vocab_size, n_bytes in (1 << 16, 2), ((1 << 16) + 1, 4):
-        own.vocab_size = vocab_size
-        assert own.dtype.itemsize == n_bytes
-
-
 def test_a_folder_is_its_files(own_file, tmp_path):
     folder = tmp_path / "in"
     (folder / ".git").mkdir(parents=True)
@@ -463,8 +450,6 @@ def test_damaged_text_json_is_refused(story_run, tmp_path, capsys):
         {"data": 3},
         {"n_tokens": [7]},
         {"n_tokens": [7, -1]},
-        {"n_tokens": [True, 1]},
-        {"fingerprint": None},
         {"loss_unigram": float("nan")},
     ):
         (tmp_path / "text.json").write_text(json.dumps({**saved, **damage}))

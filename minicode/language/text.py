@@ -147,8 +147,11 @@ class Text:
     @classmethod
     def from_json(cls, data):
         """The text of `files`: the user's own are not read again."""
-        if data["pieces"] is None or not math.isfinite(data["loss_unigram"]):
-            raise ValueError("it lacks the words, or the loss")
+        n_train, n_held_out = data["n_tokens"]
+        if data["pieces"] is None or min(n_train, n_held_out) < 0:
+            raise ValueError("it lacks the words, or their numbers")
+        if not math.isfinite(data["loss_unigram"]):
+            raise ValueError("its loss is no number")
         return cls(**data)
 
     # -- what is trained on, and what is not
