@@ -27,16 +27,14 @@ def main(argv=None):
     with parser.user_errors():
         run = load_run(args.run or latest_run())
         run.sites()
-        code = Code.parse(args.code, run.model) if args.code else None
-        other = other_run(run, args.compare) if args.compare else None
         tokens, kinds = topics.held_out(run)
         recording = record_codes(run.model, tokens)
         if args.search is not None:
             result, text = search(run, recording, args.search, args.precision, args.recall)
-        elif code:
-            result, text = look_up(run, recording, kinds, code)
-        elif other:
-            result, text = compare(recording, other)
+        elif args.code:
+            result, text = look_up(run, recording, kinds, Code.parse(args.code, run.model))
+        elif args.compare:
+            result, text = compare(run, recording, load_run(args.compare))
         elif args.picture:
             result, text = picture(run, recording, kinds, args.picture)
         else:
@@ -46,20 +44,6 @@ def main(argv=None):
         about = f"{run.folder} has not learnt the machine (transition accuracy {learnt:.2f})"
         print(f"note: {about}: its codes will not mean much", file=sys.stderr)
     print(json.dumps(result) if args.json else text)
-
-
-def other_run(run, folder):
-    """The run that this one is compared with; ValueError if it can't be."""
-    other = load_run(folder)
-    other.sites()
-    if other.folder.resolve() == run.folder.resolve():
-        raise ValueError(f"{folder} is the run itself: its codes agree")
-    if other.data != run.data:
-        raise ValueError(f"the runs in {run.folder} and {folder} are on different data")
-    if other.config.block_size < run.config.block_size:
-        shorter = f"the block of {folder} is shorter than that of {run.folder}"
-        raise ValueError(f"{shorter}: compare them the other way round")
-    return other
 
 
 def make_parser():

@@ -154,9 +154,6 @@ def test_runs_are_compared_by_their_agreement_alone(interpreted, tmp_path, capsy
     interpret(["--run", str(folder), "--compare", str(tmp_path / "other")])
     line = capsys.readouterr().out
     assert f"{result['mean_iou']:.3f} (by chance: {result['chance']:.3f})" in line
-    (tmp_path / "link").symlink_to(folder)
-    flags = ["--run", folder, "--compare", tmp_path / "link"]
-    assert "is the run itself" in refusal(interpret, *flags, capsys=capsys)
 
 
 def test_the_picture_shows_a_sequence_and_what_forcing_makes_of_it(interpreted, tmp_path, capsys):
@@ -215,7 +212,7 @@ def test_runs_that_cannot_be_interpreted_or_compared(tiny_run, tmp_path, capsys)
     assert "are on different data" in line
     train(tmp_path / "short", "--block-size", "8", "--steps", "2")
     line = refusal(interpret, "--run", tiny_run, "--compare", tmp_path / "short", capsys=capsys)
-    assert "is shorter than that of" in line
+    assert "12 tokens are more than the block_size of 8" in line
 
 
 @pytest.mark.parametrize(

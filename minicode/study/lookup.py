@@ -25,21 +25,24 @@ def search(run, recording, regex, precision=0.5, recall=0.1):
         raise ValueError(f"--search {regex!r} is not a regular expression: {error}") from None
     found = detect(recording, matches(run.data.texts(recording.tokens), pattern), [regex])
     total = int(found.total[0])
-    names = ("precision", "recall", "f1")
-    scores = np.concatenate((found.precision, found.recall, found.f1), axis=1)  # (codes, 3)
+    rows = []
     codes = []
-    lines = [f"{'code':16}{'precision':>10}{'recall':>8}{'F1':>8}"]
-    order = np.argsort(-found.f1[:, 0], kind="stable")
-    rows = [
-        {"code": str(recording.names[i]), **dict(zip(names, scores[i].tolist()))} for i in order
-    ]
-    for rank, row in enumerate(rows):
-        line = f"{row['code']:16}{row['precision']:10.3f}{row['recall']:8.3f}{row['f1']:8.3f}"
+    lines = ["code             precision  recall      F1"]
+    for rank, i in enumerate(np.argsort(-found.f1[:, 0], kind="stable")):
+        row = {
+            "code": str(recording.names[i]),
+            "precision": found.precision[i].item(),
+            "recall": found.recall[i].item(),
+            "f1": found.f1[i].item(),
+        }
+        rows.append(row)
+        remark = "   close, but below that"
         if row["precision"] >= precision and row["recall"] >= recall:
             codes.append(row)
-            lines.append(line)
-        elif rank < 3:
-            lines.append(f"{line}   close, but below that")
+            remark = ""
+        if rank < 3 or not remark:
+            figures = f"{row['precision']:10.3f}{row['recall']:8.3f}{row['f1']:8.3f}"
+            lines.append(f"{row['code']:16}{figures}{remark}")
     least = f"precision >= {precision:g} and recall >= {recall:g}"
     about = (
         f"{regex!r} occurs {total} times in the {recording.tokens.size:,} held-out tokens that are "
@@ -49,18 +52,18 @@ def search(run, recording, regex, precision=0.5, recall=0.1):
     return {"search": regex, "matches": total, "codes": codes, "closest": rows[:3]}, text
 
 
-def look_up(run, recording, kinds, code, most=20, reach=8):
-    """What one code stands for, and where it fires."""
+def look_up(run, recording, kinds, code):
+    """What one code stands for, and where it fires: at most 20 places, in context."""
     number = recording.names.index(Code(code.site, code.group, code.id))
     count = int(recording.count[number])
     nothing = ("", "none known", 0.0, 0.0, 0.0)
     kind, name, precision, recall, f1 = best_labels(recording, kinds)[number] or nothing
     texts = run.data.texts(recording.tokens)
     contexts = []
-    for place in recording.places(number, most):
+    for place in recording.places(number, 20):
         row, at = divmod(int(place), recording.tokens.shape[1])
-        before = "".join(texts[row][max(0, at - reach) : at])
-        after = "".join(texts[row][at + 1 : at + 1 + reach])
+        before = "".join(texts[row][max(0, at - 8) : at])
+        after = "".join(texts[row][at + 1 : at + 9])
         contexts.append(f"{before}[{texts[row][at]}]{after}")
     p = forced_distributions(recording, [number])[0][number]
     result = {
@@ -77,7 +80,7 @@ def look_up(run, recording, kinds, code, most=20, reach=8):
     size = recording.tokens.size
     text = [f"{code} fires at {count} of {size:,} positions ({count / size:.2%})"]
     if count:
-        found = "stands for" if f1 >= FITS else "no label fits; nearest:"
+        found = "stands for" if result["fits"] else "no label fits; nearest:"
         text.append(f"{found} {kind} {name}: precision {precision:.3f}, recall {recall:.3f}")
         text.append("in context:")
     text += [f"  {repr(context)[1:-1]}" for context in contexts]
@@ -85,10 +88,12 @@ def look_up(run, recording, kinds, code, most=20, reach=8):
     return result, "\n".join([*text, f"when it is forced, next: {after}"])
 
 
-def compare(recording, other):
+def compare(run, recording, other):
     """Do the codes of another run on the same data fire where these do?"""
+    if other.data != run.data:
+        raise ValueError(f"the runs in {run.folder} and {other.folder} are on different data")
+    other.sites()
     theirs = record_codes(other.model, recording.tokens)
     result = {"with": str(other.folder), **agreement(recording, theirs, np.random.default_rng(0))}
-    mean, chance = result["mean_iou"], result["chance"]
     about = f"codes against their nearest in {other.folder}: mean intersection over union"
-    return result, f"{about} {mean:.3f} (by chance: {chance:.3f})"
+    return result, f"{about} {result['mean_iou']:.3f} (by chance: {result['chance']:.3f})"

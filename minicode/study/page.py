@@ -15,7 +15,7 @@ TEMPLATE = Path(__file__).with_name("report.html")
 UNSAFE = {ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&\u2028\u2029"}
 
 
-def page(run, recording, labels, rows_of_measures, drawn, n_contexts=6):
+def page(run, recording, labels, rows_of_measures, drawn):
     """What report.html shows, a dict for write_report:
 
     title, about   what the page is about: a name, a sentence or two
@@ -33,11 +33,14 @@ def page(run, recording, labels, rows_of_measures, drawn, n_contexts=6):
     after, free = forced_distributions(recording, np.flatnonzero(recording.count))
     codes = []
     for number, (code, best) in enumerate(zip(recording.names, labels)):
-        kind, name, precision, recall, _ = best or (None, None, None, None, None)
-        label = f"{kind} {name}" if best else None
-        places = recording.places(number, n_contexts).tolist()
+        label = precision = recall = None
+        if best:
+            kind, name, precision, recall, _ = best
+            label = f"{kind} {name}"
+        places = recording.places(number, 6).tolist()
+        follow = top(after[number]) if places else []
         count = int(recording.count[number])
-        codes.append([str(code), count, label, precision, recall, places, top(after.get(number))])
+        codes.append([str(code), count, label, precision, recall, places, follow])
     n_tokens = f"{recording.tokens.size:,}"
     return {
         "title": str(run.folder),
@@ -61,6 +64,6 @@ def write_report(path, data):
     write(path, TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", text))
 
 
-def top(p, n=5):
-    """The n most probable tokens of a distribution: [[token, probability], ...]."""
-    return [] if p is None else [[int(t), round(float(p[t]), 4)] for t in np.argsort(-p)[:n]]
+def top(p):
+    """The five most probable tokens of a distribution: [[token, probability], ...]."""
+    return [[int(token), round(float(p[token]), 4)] for token in np.argsort(-p)[:5]]

@@ -13,13 +13,14 @@ from minicode.study.machine import copy_codes, steer
 
 # in pixels
 WIDTH = 720
+HEIGHT = 526
 LEFT = 66  # of the first token
 CELL = 61  # from one token to the next
 GAP = 8  # between states
 ROW = 42  # from one row of codes to the next
-PANEL = 104  # what a panel has beside its rows of codes
-
 MOST_ROWS = 3
+PANEL = 104 + ROW * MOST_ROWS
+
 MOST_TOKENS = 10
 
 
@@ -56,10 +57,10 @@ def picture(run, recording, kinds, path):
             return record_codes(run.model, tokens.cpu().numpy())
 
     sheet = Sheet(fsm, recording, best_labels(recording, kinds), given)
-    sheet.panel(go_on(prompt), a, f"Left alone in state {fsm.name(a)}")
+    sheet.panel(106, go_on(prompt), a, f"Left alone in state {fsm.name(a)}")
     steered, _ = steer(fsm, run.model, prompt, [b], intervene, generator)
     heading = f"The same, but in orange the codes of state {fsm.name(b)} are forced"
-    sheet.panel(go_on(steered), b, heading, steered=True)
+    sheet.panel(106 + PANEL, go_on(steered), b, heading, steered=True)
     write(path, sheet.svg())
     return {"picture": str(path)}, f"wrote {path}"
 
@@ -68,27 +69,22 @@ class Sheet(Drawing):
     """Panels, one below the other: digits, and below each what some of its codes stand for."""
 
     def __init__(self, fsm, recording, labels, given):
-        self.fsm = fsm
-        self.labels = labels
-        self.given = given
-        self.fits = np.array([bool(label) and label[-1] >= FITS for label in labels])
-        # the columns of codes that have a label at the most positions
-        often = self.fits[recording.fired].mean(0)
-        self.columns = np.sort(np.argsort(-often)[:MOST_ROWS])
-        self.y = 106
-        height = self.y + 2 * (PANEL + ROW * len(self.columns)) - 40
         title = "Reading a network by its codes, and steering it"
-        super().__init__(title, WIDTH, height)
-        self.text(0, 18, title, color="big ink")
+        super().__init__(title, WIDTH, HEIGHT)
+        self.fsm = fsm
+        self.given = given
+        labels = enumerate(labels)
+        self.labels = {code: label for code, label in labels if label and label[-1] >= FITS}
+        # the columns of codes that have a label at the most positions
+        often = np.isin(recording.fired, [*self.labels]).mean(0)
+        self.columns = np.sort(np.argsort(-often)[:MOST_ROWS])
         walk = f"only {fsm.n_edges} of its {fsm.n_states} states may follow a state"
-        intro = f"A network reads the digits of a machine that walks at random: {walk}."
-        self.text(0, 42, intro)
-        about = (
-            "It sees no states. Below each digit: what its codes stand for (empty: no label fits)."
-        )
-        self.text(0, 60, about)
+        about = "It sees no states. Below each digit: what its codes stand for"
+        self.text(0, 18, title, look="big ink")
+        self.text(0, 42, f"A network reads the digits of a machine that walks at random: {walk}.")
+        self.text(0, 60, f"{about} (empty: no label fits).")
 
-    def panel(self, recording, state, heading, steered=False):
+    def panel(self, y, recording, state, heading, steered=False):
         """A sequence with its codes, and whether what follows its given part may follow a state.
 
         recording   the sequence, as record_codes has it
@@ -96,53 +92,45 @@ class Sheet(Drawing):
         """
         fsm = self.fsm
         tokens = recording.tokens[0]
-        top = self.y + 44
-        end = top + ROW * len(self.columns)
-        self.text(0, self.y, heading, color="big forced" if steered else "big ink")
-        self.text(WIDTH - GAP, self.y, "written by the network", "end", "c0")
+        self.text(0, y, heading, look="big forced" if steered else "big ink")
+        self.text(WIDTH - GAP, y, "written by the network", "end", "c0")
         for row, column in enumerate(self.columns):
-            self.name(top + ROW * row, *recording.columns[column])
+            self.name(y + 44 + ROW * row, *recording.columns[column])
         for i, position in enumerate(range(1 + fsm.digits, len(tokens))):
             x = LEFT + CELL * i + GAP * (i // fsm.digits)
             after = position - self.given  # of the first new token
-            color = "big c0" if after >= 0 else "big ink"
-            digit = fsm.vocabulary[tokens[position]]
-            self.text(x + CELL / 2, self.y + 32, digit, "middle", color)
+            look = "big c0" if after >= 0 else "big ink"
+            self.text(x + CELL / 2, y + 32, fsm.vocabulary[tokens[position]], "middle", look)
             forced = steered and -1 <= after < fsm.digits - 1
             for row, number in enumerate(recording.fired[position, self.columns]):
-                self.cell(x, top + ROW * row, number, forced)
+                self.cell(x, y + 44 + ROW * row, number, forced)
         new = fsm.decode(tokens[self.given : self.given + fsm.digits])[0]
         may = " ".join(map(fsm.name, fsm.successors[state][:10]))
         right = "right" if new in fsm.successors[state] else "wrong"
         follow = f"{fsm.name(state)} may be followed by {may}"
-        self.text(0, end + 16, f"{follow}. The network went on to {fsm.name(new)}: {right}.")
-        self.y += PANEL + ROW * len(self.columns)
+        went_on = f"{follow}. The network went on to {fsm.name(new)}: {right}."
+        self.text(0, y + PANEL - 44, went_on)
 
     def name(self, y, site, head):
         """Where a row's codes are, in two lines."""
         part, layer = site.split(".")
-        if part == "head":
-            part = f"head {head}"
-        elif part == "mlp":
-            part = "MLP"
+        names = {"mlp": "MLP", "head": f"head {head}"}
         self.text(0, y + 15, f"layer {layer}")
-        self.text(0, y + 29, part)
+        self.text(0, y + 29, names.get(part, part))
 
     def cell(self, x, y, number, forced):
-        """What a code stands for, in two lines."""
-        color = "tint" if self.fits[number] else "bare"
+        """What a code stands for, in two lines; empty where no label fits."""
+        kind, name, *_ = self.labels.get(number, ("", ""))
+        if kind == "trigram":
+            state, digit = name.split()
+            kind = f"state {state}"
+            name = f"then {digit}"
+        color = "tint" if name else "bare"
         ink = "ink"
         if forced:
             color = "forced"
             ink = "on"
         box = f"M{x + 5} {y + 4}h{CELL - 10}v{ROW - 12}h{10 - CELL}z"
-        self.shape(box, color, 6, "currentColor")
-        if not self.fits[number]:
-            return
-        kind, name, *_ = self.labels[number]
-        if kind == "trigram":
-            state, digit = name.split()
-            kind = f"state {state}"
-            name = f"then {digit}"
+        self.shape(box, f"{color} filled", 6)
         self.text(x + CELL / 2, y + 15, kind, "middle", f"small {ink}")
         self.text(x + CELL / 2, y + 29, name, "middle", f"bold {ink}")

@@ -49,32 +49,31 @@ def study(run, recording, kinds, folder):
 def usage(recording):
     """By site: the share of codes that never fire here, and the perplexity."""
     codebooks = recording.model.codebooks()
-    sites = [site for site in codebooks if codebooks[site].enabled]
-    sizes = [codebooks[site].usage.numel() for site in sites]
+    sizes = [codebook.usage.numel() for codebook in codebooks.values()]
+    of_sites = torch.from_numpy(recording.count).double().split(sizes)
     result = {}
-    for site, counts in zip(sites, torch.from_numpy(recording.count).double().split(sizes)):
-        of_group = counts.view_as(codebooks[site].usage)  # (G, C)
+    for (site, codebook), counts in zip(codebooks.items(), of_sites):
         result[site] = {
             "dead_code_fraction": (counts == 0).double().mean().item(),
-            "perplexity": perplexity(of_group).mean().item(),
+            "perplexity": perplexity(counts.view_as(codebook.usage)).mean().item(),
             "codes": len(counts),
         }
     return result
 
 
-def best_codes(recording, labels, most=10):
-    """The best code of each label, by F1; of equals, those that fire the most."""
+def best_codes(recording, labels):
+    """The best code of each label, by F1; of equals, those that fire the most. The first ten."""
 
     def merit(number):
         return round(labels[number][-1], 2), recording.count[number]
 
-    rows = {}
+    best = {}
     labelled = [number for number, label in enumerate(labels) if label]
     for number in sorted(labelled, key=merit, reverse=True):
-        row = dict(zip(("kind", "label", "precision", "recall", "f1"), labels[number]))
-        code = str(recording.names[number])
-        rows.setdefault((row["kind"], row["label"]), {"code": code, **row})
-    return list(rows.values())[:most]
+        best.setdefault(labels[number][:2], number)
+    keys = ("code", "kind", "label", "precision", "recall", "f1")
+    first = [*best.values()][:10]
+    return [dict(zip(keys, (str(recording.names[number]), *labels[number]))) for number in first]
 
 
 def draw(result, points):
@@ -85,7 +84,6 @@ def draw(result, points):
         x="precision of the best neuron",
         y="precision of the best code",
         diagonal=True,
-        cover=(0, 1),
     )
     caption = (
         "A point for each feature: the precision of the code that detects it best, and of the best "
@@ -101,13 +99,8 @@ def draw(result, points):
             "its codes forced": [row["after"] for row in rows.values()],
             "as many random codes forced": [row["random"] for row in rows.values()],
         }
-        svg = figures.bars(
-            list(rows),
-            series,
-            cover=(0, 1),
-            title="Steering by topic",
-            x="share of texts that mention the topic",
-        )
+        text = {"title": "Steering by topic", "x": "share of texts that mention the topic"}
+        svg = figures.bars(list(rows), series, **text)
         drawn["steering"] = (svg, "Generated texts that mention a topic, by what is forced.")
     return drawn
 
@@ -116,32 +109,31 @@ WHERE = {"first": "at the first state", "inside": "inside a sequence"}
 
 
 def in_words(control):
-    """What is forced, as control_study names it and in words: {way: words}."""
-    sites = {way: f"codes of b at {way} only" for way in control if "." in way}
+    """What control_study found, by what is forced in words: {words: {where: figures}}."""
+    only = {way: f"codes of b at {way} only" for way in control if "." in way}
     words = {
         "all": "codes of b, all sites",
         "all_mlp": "codes of b, all MLPs",
-        **sites,
+        **only,
         "random_code": "random codes",
         "wrong_state": "codes of a wrong state",
         "none": "no codes (left alone)",
         "mean_difference": "dense model, mean difference",
     }
-    return {way: text for way, text in words.items() if way in control}
+    return {text: control[way] for way, text in words.items() if way in control}
 
 
 def draw_control(control):
-    words = in_words(control)
+    rows = in_words(control)
     series = {}
     errors = {}
     for where, text in WHERE.items():
-        series[text] = [control[way][where]["control"] for way in words]
-        errors[text] = [control[way][where]["control_ci"] for way in words]
+        series[text] = [row[where]["control"] for row in rows.values()]
+        errors[text] = [row[where]["control_ci"] for row in rows.values()]
     svg = figures.bars(
-        list(words.values()),
+        list(rows),
         series,
         errors,
-        cover=(0, 1),
         title="Made to act as if in state b, by what is forced",
         x="share of next states that follow b",
     )
@@ -176,10 +168,10 @@ def measures(result):
 def describe(result, folder):
     """The tables for the terminal."""
     lines = [f"{result['run']}: codes recorded on {result['tokens']:,} held-out tokens", ""]
-    lines.append(f"{'site':10}{'codes':>7}{'dead':>8}{'perplexity':>12}")
+    lines.append("site        codes    dead  perplexity")
     for site, use in result["usage"].items():
-        dead = f"{use['dead_code_fraction']:8.1%}"
-        lines.append(f"{site:10}{use['codes']:7}{dead}{use['perplexity']:12.1f}")
+        dead = f"{use['dead_code_fraction']:.1%}"
+        lines.append(f"{site:10}{use['codes']:7}{dead:>8}{use['perplexity']:12.1f}")
     lines.append("")
     for name, value, note in measures(result):
         lines.append(f"{name:22}{value:>14}  {note}")
@@ -187,7 +179,7 @@ def describe(result, folder):
         lines += ["", *describe_control(result["control"])]
     if "steering" in result:
         lines += ["", topics.describe(result["steering"])]
-    lines += ["", f"{'best codes':18}{'':24}{'precision':>10}{'recall':>8}"]
+    lines += ["", f"{'best codes':42} precision  recall"]
     for row in result["best_codes"]:
         label = f"{row['kind']} {row['label']}"
         lines.append(f"{row['code']:18}{label:24}{row['precision']:10.3f}{row['recall']:8.3f}")
@@ -197,13 +189,11 @@ def describe(result, folder):
 
 def describe_control(control):
     columns = "".join(f"{text:>26}" for text in WHERE.values())
-    lines = [f"{'made to act as in b by':30}{columns}"]
-    lines.append(f"{'':30}" + 2 * f"{'control   +-     JSD':>26}")
-    for way, text in in_words(control).items():
+    yield f"{'made to act as in b by':30}{columns}"
+    yield " " * 30 + 2 * f"{'control   +-     JSD':>26}"
+    for text, row in in_words(control).items():
         line = f"{text:30}"
         for where in WHERE:
-            row = control[way][where]
-            cell = f"{row['control']:.3f} {row['control_ci']:.3f}   {row['jsd']:.3f}"
-            line += f"{cell:>26}"
-        lines.append(line)
-    return lines
+            found = row[where]
+            line += f"{found['control']:12.3f} {found['control_ci']:.3f}   {found['jsd']:.3f}"
+        yield line
