@@ -154,6 +154,9 @@ def test_runs_are_compared_by_their_agreement_alone(interpreted, tmp_path, capsy
     interpret(["--run", str(folder), "--compare", str(tmp_path / "other")])
     line = capsys.readouterr().out
     assert f"{result['mean_iou']:.3f} (by chance: {result['chance']:.3f})" in line
+    (tmp_path / "link").symlink_to(folder)
+    flags = ["--run", folder, "--compare", tmp_path / "link"]
+    assert "is the run itself" in refusal(interpret, *flags, capsys=capsys)
 
 
 def test_the_picture_shows_a_sequence_and_what_forcing_makes_of_it(interpreted, tmp_path, capsys):
@@ -175,7 +178,7 @@ def test_the_picture_shows_a_sequence_and_what_forcing_makes_of_it(interpreted, 
     assert any("the codes of state" in text for text in texts)
     assert texts.count("written by the network") == 2
     # three columns of codes, at the two digits where they are forced
-    forced = [path for path in root.iter(SVG + "path") if path.get("class") == "forced"]
+    forced = [path for path in root.iter(SVG + "path") if path.get("class") == "forced filled"]
     assert len(forced) == 3 * 2
     assert "prefers-color-scheme:dark" in path.read_text()
 

@@ -84,7 +84,7 @@ def test_bars_and_their_errors_are_where_the_axis_says():
         return numbers[0][0] + value * (numbers[1][0] - numbers[0][0])
 
     drawn = paths(svg)
-    notes = [path.findtext(SVG + "title") for path in drawn]
+    notes = [path.findtext(SVG + "title", "") for path in drawn]
     first = notes.index("a, one: 0.25")
     assert notes[first + 1] == "± 0.12"
     bar = ends(drawn[first])
@@ -106,7 +106,7 @@ def test_bars_and_their_errors_are_where_the_axis_says():
 
 
 def test_bars_without_errors_have_no_lines_on_them():
-    notes = [path.findtext(SVG + "title") for path in paths(bars(["a"], {"one": [0.5]}))]
+    notes = [path.findtext(SVG + "title", "") for path in paths(bars(["a"], {"one": [0.5]}))]
     assert "a, one: 0.5" in notes
     assert not any("±" in note for note in notes)
 

@@ -32,7 +32,7 @@ class Drawing:
 
     def shape(self, d, look="ink", width=1, note=""):
         """A path in SVG's notation, drawn with a pen of that width; the mouse shows the note."""
-        tip = f"<title>{escape(note)}</title>"
+        tip = f"<title>{escape(note)}</title>" if note else ""
         self.parts.append(f'<path class="{look}" stroke-width="{width}" d="{d}">{tip}</path>')
 
     def svg(self):
@@ -93,7 +93,7 @@ def bars(groups, series, errors=None, **labels):
     for j, group in enumerate(groups):
         chart.text(left - 7, top + row * (j + 0.5) + 4.5, group, "end")
     for i, (name, values) in enumerate(series.items()):
-        look = f"c{i % 6} bar"
+        look = f"c{i % 6} flat"
         chart.shape(f"M0 {20 * i + 10}h11", look, 11)
         chart.text(17, 20 * i + 14, name)
         for j, value in enumerate(values):

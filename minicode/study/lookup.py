@@ -90,6 +90,8 @@ def look_up(run, recording, kinds, code):
 
 def compare(run, recording, other):
     """Do the codes of another run on the same data fire where these do?"""
+    if other.folder.resolve() == run.folder.resolve():
+        raise ValueError(f"{other.folder} is the run itself: its codes agree")
     if other.data != run.data:
         raise ValueError(f"the runs in {run.folder} and {other.folder} are on different data")
     other.sites()

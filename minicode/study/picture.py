@@ -66,7 +66,11 @@ def picture(run, recording, kinds, path):
 
 
 class Sheet(Drawing):
-    """Panels, one below the other: digits, and below each what some of its codes stand for."""
+    """Panels, one below the other: digits, and below each what some of its codes stand for.
+
+    recording, labels   by which the columns of codes are chosen that have the most to say
+    given               tokens of the sequence that the network did not write
+    """
 
     def __init__(self, fsm, recording, labels, given):
         title = "Reading a network by its codes, and steering it"
@@ -87,7 +91,9 @@ class Sheet(Drawing):
     def panel(self, y, recording, state, heading, steered=False):
         """A sequence with its codes, and whether what follows its given part may follow a state.
 
+        y           where its heading stands
         recording   the sequence, as record_codes has it
+        state       what the network is in, or is made to act as if in
         steered     codes were forced at the last digit given, and at the new ones before the last
         """
         fsm = self.fsm
@@ -114,9 +120,8 @@ class Sheet(Drawing):
     def name(self, y, site, head):
         """Where a row's codes are, in two lines."""
         part, layer = site.split(".")
-        names = {"mlp": "MLP", "head": f"head {head}"}
         self.text(0, y + 15, f"layer {layer}")
-        self.text(0, y + 29, names.get(part, part))
+        self.text(0, y + 29, f"head {head}" if part == "head" else part.upper())
 
     def cell(self, x, y, number, forced):
         """What a code stands for, in two lines; empty where no label fits."""
