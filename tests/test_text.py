@@ -284,19 +284,6 @@ def test_documents_are_cut_where_they_are_too_long_and_nothing_is_lost(
     assert "\u6f22" * 50 in own.tokenizer.decode(train + held_out)
 
 
-def test_a_vocabulary_beyond_16_bits(own_file, tmp_path, monkeypatch):
-    _, *parts = text_in(tmp_path / "a", own_file)
-    monkeypatch.setattr(Text, "dtype", np.dtype("<i4"))
-    assert list(text_in(tmp_path / "b", own_file)[1:]) == parts
-    size = (tmp_path / "a" / "tokens.bin").stat().st_size
-    assert (tmp_path / "b" / "tokens.bin").stat().st_size == 2 * size
-    monkeypatch.undo()
-    own = Text([own_file], 500)
-    for vocab_size, n_bytes in (1 << 16, 2), ((1 << 16) + 1, 4):
-        own.vocab_size = vocab_size
-        assert own.dtype.itemsize == n_bytes
-
-
 def test_a_folder_is_its_files(own_file, tmp_path):
     folder = tmp_path / "in"
     (folder / ".git").mkdir(parents=True)
@@ -408,6 +395,12 @@ def test_a_run_needs_its_text_no_more(own_file, tmp_path, capsys):
         assert "tokens.bin is damaged" in refusal(sample, "--run", folder, capsys=capsys)
     file.unlink()
     assert "tokens.bin is damaged" in refusal(sample, "--run", folder, capsys=capsys)
+    file.write_bytes(tokens)
+    saved = json.loads((folder / "text.json").read_text())
+    n_train, n_held_out = saved["n_tokens"]
+    for n_tokens in ([7], [7, -1], [n_train, n_held_out + 1], [float(n_train), n_held_out]):
+        (folder / "text.json").write_text(json.dumps({**saved, "n_tokens": n_tokens}))
+        assert "tokens.bin is damaged" in refusal(sample, "--run", folder, capsys=capsys)
 
 
 def test_samples_with_codes_and_without(story_run, capsys):
@@ -443,6 +436,7 @@ def test_bad_samples_end_in_one_line(flags, words, story_run, capsys):
     "flags, words",
     [
         (["--vocab", "256"], "vocab must be at least 257, not 256"),
+        (["--vocab", "65537"], "vocab must be below 65537, not 65537"),
         (["--data"], "expected at least one argument"),
     ],
 )
@@ -457,14 +451,13 @@ def test_damaged_text_json_is_refused(story_run, tmp_path, capsys):
     for damage in (
         {"pieces": 3},
         {"pieces": [3]},
+        {"pieces": None},
         {"pieces": saved["pieces"][:-1]},
         {"more": 1},
         {"vocab": 2048.0},
         {"data": 3},
-        {"n_tokens": [7]},
-        {"n_tokens": [7, -1]},
-        {"n_tokens": [True, 1]},
-        {"fingerprint": None},
+        {"n_tokens": 7},
+        {"n_tokens": ["7", 1]},
         {"loss_unigram": float("nan")},
     ):
         (tmp_path / "text.json").write_text(json.dumps({**saved, **damage}))

@@ -126,9 +126,10 @@ class Text:
         """What a run's folder keeps: the tokens of the user's own text, and all else as JSON."""
         files = {}
         if self.data:
-            encoded = (self.tokenizer.encode(text) for text, _ in self._documents())
-            tokens = (token for document in encoded for token in (*document, SEPARATOR))
-            files[self.tokens_file] = np.fromiter(tokens, TOKEN)
+            documents = []
+            for text, _ in self._documents():
+                documents.append(np.array([*self.tokenizer.encode(text), SEPARATOR], TOKEN))
+            files[self.tokens_file] = np.concatenate(documents)
         return {**files, self.file: json.dumps(asdict(self))}
 
     def settle(self, folder):
