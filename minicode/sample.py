@@ -46,8 +46,8 @@ def make_parser():
     start = "states to start from, as digits: 38, or 38 07; or a text (default: none)"
     flag("--prompt", default="", help=start)
     flag("--num-samples", type=int, default=5, help="(default: 5)")
-    length = "24 digits, 100 tokens of text, or what the block has room for"
-    flag("--max-new-tokens", type=int, help=f"tokens to sample (default: {length})")
+    length = "tokens to sample (default: 24 digits, 100 tokens of text, or what there is room for)"
+    flag("--max-new-tokens", type=int, help=length)
     flag("--temperature", type=float, default=1.0, help="0: the most probable token (default: 1)")
     flag("--top-k", type=int, help="sample from the k most probable tokens only (default: all)")
     flag("--seed", type=int, default=0, help="(default: 0)")
@@ -85,7 +85,7 @@ def sample(run, args):
         tokens = prompt.repeat(args.num_samples, 1)
         with force(run.model, codes, GENERATED), block(run.model, blocked, GENERATED):
             tokens = run.model.generate(tokens, n_new, args.temperature, args.top_k, generator)
-        return [run.data.show(row) for row in tokens.numpy()]
+        return [run.data.show(row) for row in tokens]
 
     result = {
         "prompt": args.prompt,

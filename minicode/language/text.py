@@ -6,7 +6,6 @@ import math
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -29,12 +28,12 @@ class Text:
     The other fields follow from the text, and are counted where they are not given.
     """
 
-    file: ClassVar = "text.json"  # its name in a run's folder
-    tokens_file: ClassVar = "tokens.bin"  # and that of the tokens of the user's own text
-    least_block: ClassVar = 2
-    sample_length: ClassVar = 100
-    group: ClassVar = 0  # tokens that make one word; 0: each token has its own spaces
-    between: ClassVar = "\n\n---\n\n"  # samples
+    file = "text.json"  # its name in a run's folder
+    tokens_file = "tokens.bin"  # and that of the tokens of the user's own text
+    least_block = 2
+    sample_length = 100
+    group = 0  # tokens that make one word; 0: each token has its own spaces
+    between = "\n\n---\n\n"  # samples
     data: list | None = option(
         None,
         "files or folders of UTF-8 text; without: stories, made on the spot",
@@ -53,7 +52,6 @@ class Text:
     )
 
     def __post_init__(self):
-        self.data = [str(path) for path in self.data] if self.data else None
         check_options(self)
         if self.pieces is None:
             self._count()
@@ -107,17 +105,17 @@ class Text:
         tokenizer = Tokenizer(self.pieces)
         used = np.zeros((2, tokenizer.vocab_size), int)
         used[:, SEPARATOR] = n_documents
-        for part in range(2):
-            for piece, n in counts[part].items():
-                np.add.at(used[part], tokenizer.encode(piece), n)
+        for row, count in zip(used, counts):
+            for piece, n in count.items():
+                np.add.at(row, tokenizer.encode(piece), n)
         self.n_tokens = used.sum(1).tolist()
         n_train, n_held_out = self.n_tokens
         if min(self.n_tokens) < 2:
             found = f"{n_train} tokens to train on, {n_held_out} held out"
-            raise ValueError(f"{' '.join(self.data)}: too little text: {found}")
+            raise ValueError(f"too little text: {found}")
 
         train, held_out = used
-        p = (train + 1) / (train + 1).sum()
+        p = (train + 1) / (n_train + tokenizer.vocab_size)
         self.loss_unigram = float(-(held_out * np.log(p)).sum() / n_held_out)
 
     # -- files
@@ -175,8 +173,7 @@ class Text:
         for label, word in enumerate(words):
             label_of[self.tokenizer.ids[word]] = label
         here = label_of[tokens]
-        before = np.roll(here, 1, axis=1)
-        before[:, 0] = -1
+        before = np.insert(here[:, :-1], 0, -1, axis=1)
         kinds = {} if self.data else {"topic": (topics, self.topics)}
         return tokens, {**kinds, "word": (here, names), "after": (before, names)}
 

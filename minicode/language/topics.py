@@ -23,8 +23,7 @@ N_SEQUENCES = 512  # that codes are recorded on
 MOST = 12  # codes that are forced in all: more of them are surer, and worse English
 PER_HEAD = 4  # and in one codebook
 NEAR = 16  # a word's codes are those that fire on so many tokens before it
-N_SAMPLES = 10  # texts that continue each of the prompts,
-N_NEW = 100  # and the tokens of each, if there is room
+N_SAMPLES = 10  # texts that continue each of the prompts
 PROMPTS = ("Once upon a time", "One day, a", "Long ago, in a land far away", "There was once a")
 
 
@@ -40,7 +39,6 @@ def held_out(run):
 def find_codes(recording, labels, names):
     """{name: its codes}: those that detect the label best, by F1, and twice as well as chance."""
     found = detect(recording, labels, names)
-    codebooks = recording.model.codebooks()
     result = {}
     for i, name in enumerate(names):
         chance = found.total[i] / labels.size
@@ -51,7 +49,7 @@ def find_codes(recording, labels, names):
         for number in best_first[usable[best_first]]:
             code = recording.names[number]
             head = code.site, code.group
-            if per_head[head] < min(PER_HEAD, codebooks[code.site].k):
+            if per_head[head] < min(PER_HEAD, recording.columns.count(head)):
                 per_head[head] += 1
                 codes.append(str(code))
         result[name] = codes[:MOST]
@@ -117,7 +115,7 @@ def continuations(run, codes):
     for seed, prompt in enumerate(PROMPTS):
         tokens = run.data.prompt(prompt).repeat(N_SAMPLES, 1).to(model.device)
         start = tokens.shape[1]
-        n_new = min(N_NEW, run.config.block_size + 1 - start)
+        n_new = min(run.data.sample_length, run.config.block_size + 1 - start)
         generator = torch.Generator(model.device).manual_seed(seed)
         with force(model, codes, GENERATED):
             tokens = model.generate(tokens, n_new, generator=generator)
@@ -138,7 +136,7 @@ def random_others(model, codes, rng):
         n_codes = model.codebooks()[code.site].n_codes
         every = [str(replace(code, id=i)) for i in range(n_codes)]
         free = [other for other in every if other not in codes + others]
-        others.append(free[rng.integers(len(free))])
+        others.append(rng.choice(free))
     return others
 
 

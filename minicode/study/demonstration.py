@@ -27,7 +27,7 @@ def demonstrate(run, args):
     length = prompt.shape[1]
     room = run.config.block_size + 1 - length
     n_new = max(fsm.digits, args.max_new_tokens or min(6 * fsm.digits, room))
-    a = fsm.decode(prompt[0, 1:].numpy())[-1]
+    a = fsm.decode(prompt[0, 1:])[-1]
     follows = fsm.transition_matrix > 0
     shared = follows[a] @ follows.T  # whether a state has a successor in common with a
     b = rng.choice(np.flatnonzero(shared == shared.min()))
@@ -47,8 +47,8 @@ def demonstrate(run, args):
     return {
         "prompt": fsm.name(a),
         "state": fsm.name(b),
-        "samples": [fsm.show(row) for row in steered.numpy()],
-        "samples_free": [fsm.show(row) for row in free.numpy()],
+        "samples": [fsm.show(row) for row in steered],
+        "samples_free": [fsm.show(row) for row in free],
         "forced": forced,
         **controls(run, generator, args.seed),
     }
