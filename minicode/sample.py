@@ -43,12 +43,11 @@ def make_parser():
     parser = Parser("sample", __doc__)
     flag = parser.add_argument
     flag("--run", type=Path, help="folder of the run (default: the newest in runs/)")
-    flag(
-        "--prompt", help="states to start from, as digits: 38, or 38 07; or a text (default: none)"
-    )
+    start = "states to start from, as digits: 38, or 38 07; or a text (default: none)"
+    flag("--prompt", default="", help=start)
     flag("--num-samples", type=int, default=5, help="(default: 5)")
-    length = "24 digits, 100 tokens of text, or what the block has room for"
-    flag("--max-new-tokens", type=int, help=f"tokens to sample (default: {length})")
+    length = "tokens to sample (default: 24 digits, 100 tokens of text, or what there is room for)"
+    flag("--max-new-tokens", type=int, help=length)
     flag("--temperature", type=float, default=1.0, help="0: the most probable token (default: 1)")
     flag("--top-k", type=int, help="sample from the k most probable tokens only (default: all)")
     flag("--seed", type=int, default=0, help="(default: 0)")
@@ -65,10 +64,9 @@ def check(args):
     for name, least in LEAST.items():
         value = getattr(args, name)
         if value is not None and not value >= least:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} must be at least {least}, not {value}")
+            raise ValueError(f"{name} must be at least {least}, not {value}")
     if args.seed >= 2**63:
-        raise ValueError(f"--seed must be below 2**63, not {args.seed}")
+        raise ValueError(f"seed must be below 2**63, not {args.seed}")
     if "" in args.force_code and len(args.force_code + args.block_code) > 1:
         raise ValueError("a bare --force-code is the demonstration, and goes with no other code")
 
@@ -77,27 +75,29 @@ def sample(run, args):
     """Samples, with codes forced and blocked; with topics or words, samples left alone too."""
     forced = [code for text in args.force_code for code in expand(run, text)]
     named = [text for text in args.force_code if ":" in text]  # topics and words
-    prompt = run.data.prompt(args.prompt or "")
+    prompt = run.data.prompt(args.prompt)
     given = len(run.data.show(prompt[0]))  # characters; what they mention does not count
     room = run.config.block_size + 1 - prompt.shape[1]
     n_new = args.max_new_tokens or max(1, min(run.data.sample_length, room))
 
     def generate(codes, blocked):
-        """Samples, and how many of them mention what is named."""
         generator = torch.Generator().manual_seed(args.seed)
         tokens = prompt.repeat(args.num_samples, 1)
         with force(run.model, codes, GENERATED), block(run.model, blocked, GENERATED):
             tokens = run.model.generate(tokens, n_new, args.temperature, args.top_k, generator)
-        samples = [run.data.show(row) for row in tokens.numpy()]
-        new = [text[given:] for text in samples]
-        return samples, {name: count_mentions(name, new) for name in named}
+        return [run.data.show(row) for row in tokens]
 
-    samples, mentions = generate(forced, args.block_code)
-    result = {"prompt": args.prompt or "", "samples": samples}
-    result |= {"forced": forced, "blocked": args.block_code}
+    result = {
+        "prompt": args.prompt,
+        "samples": generate(forced, args.block_code),
+        "forced": forced,
+        "blocked": args.block_code,
+    }
     if named:
-        result["mentions"] = mentions
-        result["samples_free"], result["mentions_free"] = generate([], [])
+        result["samples_free"] = generate([], [])
+        for when in ("", "_free"):
+            new = [text[given:] for text in result["samples" + when]]
+            result["mentions" + when] = {name: count_mentions(name, new) for name in named}
     return result
 
 

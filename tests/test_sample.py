@@ -140,14 +140,14 @@ BAD_INPUT = [
     ("--prompt 313", "is not a list of states"),
     ("--prompt " + "31" * 7, "the prompt leaves room for 0 tokens, not for 1"),
     ("--prompt 31 --max-new-tokens 11", "the prompt leaves room for 10 tokens, not for 11"),
-    ("--temperature -1", "--temperature must be at least 0"),
-    ("--temperature nan", "--temperature must be at least 0"),
-    ("--num-samples 0", "--num-samples must be at least 1"),
-    ("--max-new-tokens 0", "--max-new-tokens must be at least 1"),
-    ("--top-k 0", "--top-k must be at least 1"),
-    ("--seed -1", "--seed must be at least 0, not -1"),
-    (f"--seed {2**63}", f"--seed must be below 2**63, not {2**63}"),
-    (f"--seed {2**63} --force-code", f"--seed must be below 2**63, not {2**63}"),
+    ("--temperature -1", "temperature must be at least 0"),
+    ("--temperature nan", "temperature must be at least 0"),
+    ("--num-samples 0", "num_samples must be at least 1"),
+    ("--max-new-tokens 0", "max_new_tokens must be at least 1"),
+    ("--top-k 0", "top_k must be at least 1"),
+    ("--seed -1", "seed must be at least 0, not -1"),
+    (f"--seed {2**63}", f"seed must be below 2**63, not {2**63}"),
+    (f"--seed {2**63} --force-code", f"seed must be below 2**63, not {2**63}"),
 ]
 
 

@@ -220,7 +220,7 @@ def test_bits_per_byte_count_every_byte(story_text):
 
 def text_in(folder, *paths):
     """The text of some paths, settled in a new folder, and the tokens of its two parts."""
-    own = Text(paths, vocab=500)
+    own = Text([str(path) for path in paths], vocab=500)
     folder.mkdir()
     for name, content in own.files().items():
         write(folder / name, content)
@@ -296,7 +296,7 @@ def test_a_folder_is_its_files(own_file, tmp_path):
     (folder / "b.md").write_text(text[half:])
     one = text_in(tmp_path / "x", folder)
     assert one == text_in(tmp_path / "y", folder / "a.txt", folder / "b.md")
-    assert one[0] != Text([folder / "a.txt"], 500)
+    assert one[0] != Text([str(folder / "a.txt")], 500)
 
 
 LATIN = "caf\u00e9 ".encode("latin-1") * 3000
@@ -307,10 +307,9 @@ BAD_TEXT = [
     (b"Hello.", "too little text: 0 tokens to train on"),
     (b"one two three four\n\n" * 40, "too little text"),
     (b"word \n\n" * 9 + b"w\n\nx\n\nyz\n\n", "block_size (24) must be at most"),
-    (b"a" * 5000 + b"\0", "is no text: there is a zero byte at offset 5000"),
     (LATIN, "is not UTF-8: byte 0xe9 at offset 3 (invalid continuation byte)"),
     (b"abc \n\n" * 2000 + b"\xff\xfe", "is not UTF-8: byte 0xff at offset 12000"),
-    ("UTF-16".encode("utf-16"), "is no text: there is a zero byte at offset 3"),
+    ("UTF-16".encode("utf-16"), "is not UTF-8: byte 0xff at offset 0 (invalid start byte)"),
 ]
 
 
@@ -395,6 +394,12 @@ def test_a_run_needs_its_text_no_more(own_file, tmp_path, capsys):
         assert "tokens.bin is damaged" in refusal(sample, "--run", folder, capsys=capsys)
     file.unlink()
     assert "tokens.bin is damaged" in refusal(sample, "--run", folder, capsys=capsys)
+    file.write_bytes(tokens)
+    saved = json.loads((folder / "text.json").read_text())
+    n_train, n_held_out = saved["n_tokens"]
+    for n_tokens in ([7], [7, -1], [n_train, n_held_out + 1], [float(n_train), n_held_out]):
+        (folder / "text.json").write_text(json.dumps({**saved, "n_tokens": n_tokens}))
+        assert "tokens.bin is damaged" in refusal(sample, "--run", folder, capsys=capsys)
 
 
 def test_samples_with_codes_and_without(story_run, capsys):
@@ -430,6 +435,7 @@ def test_bad_samples_end_in_one_line(flags, words, story_run, capsys):
     "flags, words",
     [
         (["--vocab", "256"], "vocab must be at least 257, not 256"),
+        (["--vocab", "65537"], "vocab must be below 65537, not 65537"),
         (["--data"], "expected at least one argument"),
     ],
 )
@@ -444,13 +450,14 @@ def test_damaged_text_json_is_refused(story_run, tmp_path, capsys):
     for damage in (
         {"pieces": 3},
         {"pieces": [3]},
+        {"pieces": None},
         {"pieces": saved["pieces"][:-1]},
         {"more": 1},
         {"vocab": 2048.0},
         {"data": 3},
-        {"n_tokens": [7]},
-        {"n_tokens": [7, -1]},
-        {"loss_unigram": float("nan")},
+        {"n_tokens": 7},
+        {"n_tokens": ["7", 1]},
+        {"loss_unigram": "7"},
     ):
         (tmp_path / "text.json").write_text(json.dumps({**saved, **damage}))
         assert "text.json is damaged" in refusal(sample, "--run", tmp_path, capsys=capsys)

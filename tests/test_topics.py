@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -57,8 +56,6 @@ def head_of(code):
 
 def test_codes_of_a_label_are_twice_as_precise_as_chance():
     recording = by_hand([[0, 0, 0, 1, 1, 2, 2, 3]])
-    codebook = SimpleNamespace(n_codes=4, k=2)
-    recording.model.codebooks = lambda: {"mlp.0": codebook}
     # Code 0 is right 2 times of 3, code 1 once of 2; by chance 3 of 8.
     labels = np.array([[0, 0, -1, 0, -1, -1, -1, -1]])
     assert find_codes(recording, labels, ["x"]) == {"x": []}
@@ -106,36 +103,33 @@ def test_mentions_are_counted_by_samples():
 # -- what texts become by them
 
 
-def test_perplexity_against_the_loss(stories_run):
-    model = load_run(stories_run).model
-    tokens = torch.randint(0, 255, (3, 20))
-    with torch.no_grad():
-        log_p = model(tokens)[0].log_softmax(-1)
-    own = log_p[:, :-1].gather(-1, tokens[:, 1:, None])  # of token t + 1, at t
-    expected = np.exp(-own[:, 6:].mean().item())
-    assert topics.perplexity_of(model, tokens, 7) == pytest.approx(expected, rel=1e-5)
-
-
 @pytest.mark.parametrize("codes", [[], ["head.0.0.3", "head.0.0.5"]])
-def test_generation_is_that_of_the_model(codes, stories_run):
+def test_continuations_are_those_of_the_model(codes, stories_run):
     run = load_run(stories_run)
-    prompt = run.data.prompt("Once upon a time").repeat(3, 1)
-    start = prompt.shape[1]
-    samples, perplexity = topics.generate(run, "Once upon a time", codes, 3, 5, 100)
-    generator = torch.Generator().manual_seed(5)
-    with force(run.model, codes, GENERATED):
-        tokens = run.model.generate(prompt, 33 - start, generator=generator)
-    assert samples == [run.tokenizer.decode(row) for row in tokens[:, start:].tolist()]
-    assert perplexity > 1
+    texts, perplexity = topics.continuations(run, codes)
+    expected = []
+    for seed, text in enumerate(topics.PROMPTS):
+        prompt = run.data.prompt(text).repeat(topics.N_SAMPLES, 1)
+        start = prompt.shape[1]
+        generator = torch.Generator().manual_seed(seed)
+        with force(run.model, codes, GENERATED):
+            tokens = run.model.generate(prompt, 33 - start, generator=generator)
+        assert texts[: len(tokens)] == [run.tokenizer.decode(row) for row in tokens[:, start:]]
+        texts = texts[len(tokens) :]
+        with torch.no_grad():
+            log_p = run.dense(tokens[:, :-1])[0].log_softmax(-1)
+        own = log_p.gather(-1, tokens[:, 1:, None])  # of token t + 1, at t
+        expected.append(np.exp(-own[:, start - 1 :].mean().item()))
+    assert not texts
+    assert perplexity == pytest.approx(np.prod(expected) ** (1 / len(expected)), rel=1e-5)
 
 
 @pytest.fixture(scope="module")
 def interpreted_run(stories_run, tmp_path_factory):
     """A copy of the run, what interpret printed of it, and its steering table."""
     folder = shutil.copytree(stories_run, tmp_path_factory.mktemp("interpreted") / "text")
-    real = topics.steering_table
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(topics, "steering_table", lambda *args: real(*args, n_samples=1))
+        patch.setattr(topics, "N_SAMPLES", 1)
         interpret(["--run", str(folder)])
     return folder, json.loads((folder / "interpret.json").read_text())["steering"]
 
@@ -205,17 +199,16 @@ def test_random_codes_are_as_many_and_others(stories_run, monkeypatch):
     run = load_run(stories_run)
     forced = []
 
-    def generate(run, prompt, codes, *more):
+    def continuations(run, codes):
         forced.append(codes)
         return ["a dragon"], 2.0
 
-    monkeypatch.setattr(topics, "generate", generate)
+    monkeypatch.setattr(topics, "continuations", continuations)
     tokens, kinds = held_out(run)
     table = topics.steering_table(run, record_codes(run.model, tokens), *kinds["topic"])
     rows = table["topics"].values()
-    once = forced[:: len(topics.PROMPTS)]
-    assert len(once) == 1 + 2 * len(rows)  # left alone; own codes and others, topic by topic
-    for row, own, others in zip(rows, once[1::2], once[2::2]):
+    assert len(forced) == 1 + 2 * len(rows)  # left alone; own codes and others, topic by topic
+    for row, own, others in zip(rows, forced[1::2], forced[2::2]):
         assert own == row["codes"]
         assert len(set(others)) == len(own)
         assert not set(own) & set(others)
@@ -258,7 +251,9 @@ def test_text_in_bytes_is_found_and_shown(tmp_path, capsys):
     tokens = np.fromfile(folder / "tokens.bin", "<u2")
     tokens[7] = 60_000
     tokens.tofile(folder / "tokens.bin")
-    assert "beyond the vocabulary of 257" in refusal(interpret, "--run", folder, capsys=capsys)
+    assert "does not hold the tokens of text.json" in refusal(
+        interpret, "--run", folder, capsys=capsys
+    )
 
 
 # -- bad input
@@ -267,7 +262,7 @@ def test_text_in_bytes_is_found_and_shown(tmp_path, capsys):
 BAD_INPUT = [
     ("--force-code topic:dinosaur", "there is no topic 'dinosaur'; there are dragon, slide"),
     ("--force-code subject:dragon", "'subject:dragon' is not a code"),
-    ("--force-code word:zebra", "word:zebra: it does not occur in the held-out text"),
+    ("--force-code word:zebra", "word:zebra: no code stands for it, or it is not in the held-out"),
     ("--prompt " + "word_" * 40, "leaves room for 0 tokens"),
 ]
 

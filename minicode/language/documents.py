@@ -37,8 +37,9 @@ def read_documents(paths):
                 known = hash(content.strip())
                 if not held_out:
                     seen.add(known)
-                repeated = held_out and known in seen
-                if text.strip() and not repeated:
+                elif known in seen:
+                    continue
+                if text.strip():
                     yield text, held_out
             before += path.stat().st_size
 
@@ -70,9 +71,6 @@ def split_file(path):
 
 def decode_utf8(path, offset, content):
     """The text of bytes that stand at an offset in a file; a ValueError where they are none."""
-    if b"\0" in content:
-        at = offset + content.index(0)
-        raise ValueError(f"{path} is no text: there is a zero byte at offset {at}")
     try:
         text = content.decode()
     except UnicodeDecodeError as error:

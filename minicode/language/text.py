@@ -6,7 +6,6 @@ import math
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -29,12 +28,12 @@ class Text:
     The other fields follow from the text, and are counted where they are not given.
     """
 
-    file: ClassVar = "text.json"  # its name in a run's folder
-    tokens_file: ClassVar = "tokens.bin"  # and that of the tokens of the user's own text
-    least_block: ClassVar = 2
-    sample_length: ClassVar = 100
-    group: ClassVar = 0  # tokens that make one word; 0: each token has its own spaces
-    between: ClassVar = "\n\n---\n\n"  # samples
+    file = "text.json"  # its name in a run's folder
+    tokens_file = "tokens.bin"  # and that of the tokens of the user's own text
+    least_block = 2
+    sample_length = 100
+    group = 0  # tokens that make one word; 0: each token has its own spaces
+    between = "\n\n---\n\n"  # samples
     data: list | None = option(
         None,
         "files or folders of UTF-8 text; without: stories, made on the spot",
@@ -53,7 +52,6 @@ class Text:
     )
 
     def __post_init__(self):
-        self.data = [str(path) for path in self.data] if self.data else None
         check_options(self)
         if self.pieces is None:
             self._count()
@@ -107,17 +105,18 @@ class Text:
         tokenizer = Tokenizer(self.pieces)
         used = np.zeros((2, tokenizer.vocab_size), int)
         used[:, SEPARATOR] = n_documents
-        for part in range(2):
-            for piece, n in counts[part].items():
-                np.add.at(used[part], tokenizer.encode(piece), n)
+        for row, count in zip(used, counts):
+            for piece, n in count.items():
+                np.add.at(row, tokenizer.encode(piece), n)
         self.n_tokens = used.sum(1).tolist()
         n_train, n_held_out = self.n_tokens
         if min(self.n_tokens) < 2:
-            found = f"{n_train} tokens to train on, {n_held_out} held out"
-            raise ValueError(f"{' '.join(self.data)}: too little text: {found}")
+            raise ValueError(
+                f"too little text: {n_train} tokens to train on, {n_held_out} held out"
+            )
 
         train, held_out = used
-        p = (train + 1) / (train + 1).sum()
+        p = (train + 1) / (n_train + tokenizer.vocab_size)
         self.loss_unigram = float(-(held_out * np.log(p)).sum() / n_held_out)
 
     # -- files
@@ -126,9 +125,10 @@ class Text:
         """What a run's folder keeps: the tokens of the user's own text, and all else as JSON."""
         files = {}
         if self.data:
-            encoded = (self.tokenizer.encode(text) for text, _ in self._documents())
-            tokens = (token for document in encoded for token in (*document, SEPARATOR))
-            files[self.tokens_file] = np.fromiter(tokens, TOKEN)
+            documents = []
+            for text, _ in self._documents():
+                documents.append(np.array([*self.tokenizer.encode(text), SEPARATOR], TOKEN))
+            files[self.tokens_file] = np.concatenate(documents)
         return {**files, self.file: json.dumps(asdict(self))}
 
     def settle(self, folder):
@@ -138,20 +138,15 @@ class Text:
         path = folder / self.tokens_file
         with reading(path):
             tokens = np.memmap(path, TOKEN, mode="r")
-            if len(tokens) != sum(self.n_tokens):
+            if len(tokens) != sum(self.n_tokens) or tokens.max() >= self.vocab_size:
                 raise ValueError(f"it does not hold the tokens of {self.file}")
-            if tokens.max() >= self.vocab_size:
-                raise ValueError(f"it has tokens beyond the vocabulary of {self.vocab_size}")
             self.parts = np.split(tokens, self.n_tokens[:1])
 
     @classmethod
     def from_json(cls, data):
         """The text of `files`: the user's own are not read again."""
-        n_train, n_held_out = data["n_tokens"]
-        if data["pieces"] is None or min(n_train, n_held_out) < 0:
-            raise ValueError("it lacks the words, or their numbers")
-        if not math.isfinite(data["loss_unigram"]):
-            raise ValueError("its loss is no number")
+        if data["pieces"] is None:
+            raise ValueError("it lacks the words")
         return cls(**data)
 
     # -- what is trained on, and what is not
@@ -177,8 +172,7 @@ class Text:
         for label, word in enumerate(words):
             label_of[self.tokenizer.ids[word]] = label
         here = label_of[tokens]
-        before = np.roll(here, 1, axis=1)
-        before[:, 0] = -1
+        before = np.insert(here[:, :-1], 0, -1, axis=1)
         kinds = {} if self.data else {"topic": (topics, self.topics)}
         return tokens, {**kinds, "word": (here, names), "after": (before, names)}
 
@@ -191,13 +185,13 @@ class Text:
         tokens = []  # one story after the other: a window goes on where the last one ended
         labels = []
         while len(tokens) < n * length:
-            number = HELD_OUT * int(rng.integers(1 << 48))
+            number = HELD_OUT * rng.integers(1 << 48)
             if not held_out:
-                number += int(rng.integers(1, HELD_OUT))
+                number += rng.integers(1, HELD_OUT)
             tokens.append(SEPARATOR)
             labels.append(-1)
             space = ""
-            for sentence, topic in stories().story(number):
+            for sentence, topic in stories().story(int(number)):
                 new = self.tokenizer.encode(space + sentence)
                 tokens += new
                 labels += [self.topics.index(topic) if topic else -1] * len(new)
@@ -226,7 +220,7 @@ class Text:
     def measures(self, tokens, loss):
         """The loss on sequences (n, T) in other units; every byte of the text counts once."""
         targets = tokens[:, 1:]
-        n_bytes = self.tokenizer.sizes[targets].sum()
+        n_bytes = sum(len(self.tokenizer.bytes[token]) for token in targets.flat)
         return {
             "perplexity": math.exp(loss),
             "bits_per_byte": float(loss / math.log(2) * targets.size / n_bytes),

@@ -19,12 +19,11 @@ class Tokenizer:
     """Tokens of a text, and back. `pieces`: the vocabulary beyond bytes and separator, strings."""
 
     def __init__(self, pieces):
-        self.pieces = list(pieces)
-        self.ids = {piece: i for i, piece in enumerate(self.pieces, SEPARATOR + 1)}
-        self.vocab_size = SEPARATOR + 1 + len(self.pieces)
+        self.ids = {piece: i for i, piece in enumerate(pieces, SEPARATOR + 1)}
         single_bytes = [bytes([i]) for i in range(SEPARATOR)]
-        self.bytes = [*single_bytes, b"\n\n", *map(to_bytes, self.pieces)]
-        self.sizes = np.array([len(content) for content in self.bytes])  # of each token, in bytes
+        self.bytes = [*single_bytes, b"\n\n", *map(to_bytes, pieces)]  # of each token
+        self.vocab_size = len(self.bytes)
+        self.sizes = np.array([len(content) for content in self.bytes])
 
     def encode(self, text):
         """The tokens of a string: a list of ints, none of them the separator."""

@@ -23,6 +23,7 @@ N_SEQUENCES = 512  # that codes are recorded on
 MOST = 12  # codes that are forced in all: more of them are surer, and worse English
 PER_HEAD = 4  # and in one codebook
 NEAR = 16  # a word's codes are those that fire on so many tokens before it
+N_SAMPLES = 10  # texts that continue each of the prompts
 PROMPTS = ("Once upon a time", "One day, a", "Long ago, in a land far away", "There was once a")
 
 
@@ -38,7 +39,6 @@ def held_out(run):
 def find_codes(recording, labels, names):
     """{name: its codes}: those that detect the label best, by F1, and twice as well as chance."""
     found = detect(recording, labels, names)
-    codebooks = recording.model.codebooks()
     result = {}
     for i, name in enumerate(names):
         chance = found.total[i] / labels.size
@@ -49,7 +49,7 @@ def find_codes(recording, labels, names):
         for number in best_first[usable[best_first]]:
             code = recording.names[number]
             head = code.site, code.group
-            if per_head[head] < min(PER_HEAD, codebooks[code.site].k):
+            if per_head[head] < min(PER_HEAD, recording.columns.count(head)):
                 per_head[head] += 1
                 codes.append(str(code))
         result[name] = codes[:MOST]
@@ -84,49 +84,48 @@ def expand(run, text):
         return [text]
     if not run.tokenizer:
         raise ValueError(f"{text}: only a run on text has topics and words")
-    topics = run.data.topics
-    if kind == "topic" and name not in topics:
-        there_are = ", ".join(topics) or "none of your own text: try word:"
+    if kind == "topic" and name not in run.data.topics:
+        there_are = ", ".join(run.data.topics) or "none of your own text: try word:"
         raise ValueError(f"there is no topic {name!r}; there are {there_are}")
     run.sites()
     tokens, kinds = held_out(run)
     if kind == "topic":
-        labels = np.where(kinds["topic"][0] == topics.index(name), 0, -1)
+        labels, names = kinds["topic"]
     else:
         labels = near(run.data.texts(tokens), mention(text))
-    if not (labels == 0).any():
-        raise ValueError(f"{text}: it does not occur in the held-out text")
-    codes = find_codes(record_codes(run.model, tokens), labels, [name])[name]
+        names = [name]
+    codes = find_codes(record_codes(run.model, tokens), labels, names)[name]
     if not codes:
-        raise ValueError(f"{text}: no code stands for it")
+        raise ValueError(f"{text}: no code stands for it, or it is not in the held-out text")
     return codes
 
 
 # -- what texts become by them
 
 
-def perplexity_of(model, tokens, start):
-    """Of tokens (n, T) from position `start` on, under a model."""
-    with evaluating(model):
-        logits, _ = model(tokens[:, :-1])
-    logits = logits[:, start - 1 :].flatten(0, 1).float()
-    return math.exp(F.cross_entropy(logits, tokens[:, start:].flatten()))
+def continuations(run, codes):
+    """Texts that continue the PROMPTS with codes forced, without these, and their perplexity.
 
-
-def generate(run, prompt, codes, n_samples, seed, max_new_tokens):
-    """Texts that continue a prompt with codes forced, and their perplexity under the dense model.
-
-    The texts are without the prompt.
+    That is under the dense model: the geometric mean over prompts.
     """
     model = run.model
-    tokens = run.data.prompt(prompt).repeat(n_samples, 1).to(model.device)
-    start = tokens.shape[1]
-    n_new = min(max_new_tokens, run.config.block_size + 1 - start)
-    generator = torch.Generator(model.device).manual_seed(seed)
-    with force(model, codes, GENERATED):
-        tokens = model.generate(tokens, n_new, generator=generator)
-    texts = [run.tokenizer.decode(row) for row in tokens[:, start:].tolist()]
-    return texts, perplexity_of(run.dense or model, tokens, start)
+    judge = run.dense or model
+    texts = []
+    losses = []
+    for seed, prompt in enumerate(PROMPTS):
+        tokens = run.data.prompt(prompt).repeat(N_SAMPLES, 1).to(model.device)
+        start = tokens.shape[1]
+        n_new = min(run.data.sample_length, run.config.block_size + 1 - start)
+        generator = torch.Generator(model.device).manual_seed(seed)
+        with force(model, codes, GENERATED):
+            tokens = model.generate(tokens, n_new, generator=generator)
+        new = tokens[:, start:]
+        texts += [run.tokenizer.decode(row) for row in new.tolist()]
+        with evaluating(judge):
+            logits, _ = judge(tokens[:, :-1])
+        of_new = logits[:, start - 1 :].flatten(0, 1).float()
+        losses.append(F.cross_entropy(of_new, new.flatten()).item())
+    return texts, math.exp(np.mean(losses))
 
 
 def random_others(model, codes, rng):
@@ -137,43 +136,29 @@ def random_others(model, codes, rng):
         n_codes = model.codebooks()[code.site].n_codes
         every = [str(replace(code, id=i)) for i in range(n_codes)]
         free = [other for other in every if other not in codes + others]
-        others.append(free[rng.integers(len(free))])
+        others.append(rng.choice(free))
     return others
 
 
-def steering_table(run, recording, labels, names, n_samples=10, max_new_tokens=100, seed=0):
+def steering_table(run, recording, labels, names):
     """Shares of texts that mention each topic: left alone, with its codes, with random codes.
 
     {"topics": {topic: {"before", "after", "random", "perplexity_before", "perplexity_after",
-    "codes"}}, "mean": {...}}, over PROMPTS, n_samples each. Perplexities are those of the texts,
+    "codes"}}, "mean": {...}}, over PROMPTS, N_SAMPLES each. Perplexities are those of the texts,
     under the dense model.
     """
     codes = find_codes(recording, labels, names)
-    rng = np.random.default_rng(seed)
-
-    def sample(forced):
-        """Texts, and their perplexity: the geometric mean over prompts."""
-        texts = []
-        perplexities = []
-        for i, prompt in enumerate(PROMPTS):
-            more, perplexity = generate(run, prompt, forced, n_samples, seed + i, max_new_tokens)
-            texts += more
-            perplexities.append(perplexity)
-        return texts, math.exp(np.mean(np.log(perplexities)))
-
-    left_alone, perplexity_before = sample([])
+    rng = np.random.default_rng(0)
+    left_alone, perplexity_before = continuations(run, [])
     topics = {}
     for name in tqdm(names, desc="steering", leave=False, disable=None):
-        steered, perplexity_after = sample(codes[name])
-        at_random, _ = sample(random_others(run.model, codes[name], rng))
-        topics[name] = row = {}
+        steered, perplexity_after = continuations(run, codes[name])
+        at_random, _ = continuations(run, random_others(run.model, codes[name], rng))
+        row = {"perplexity_before": perplexity_before, "perplexity_after": perplexity_after}
         for when, texts in ("before", left_alone), ("after", steered), ("random", at_random):
             row[when] = count_mentions(f"topic:{name}", texts) / len(texts)
-        row["perplexity_before"] = perplexity_before
-        row["perplexity_after"] = perplexity_after
-        row["codes"] = codes[name]
-    measures = [measure for measure in row if measure != "codes"]
-    mean = {m: float(np.mean([row[m] for row in topics.values()])) for m in measures}
+        topics[name] = {**row, "codes": codes[name]}
+    mean = {measure: np.mean([topics[name][measure] for name in names]) for measure in row}
     return {"topics": topics, "mean": mean}
 
 

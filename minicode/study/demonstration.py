@@ -1,7 +1,5 @@
 """The demonstration: a run in one state is made to act as if in another."""
 
-from functools import partial
-
 import numpy as np
 import torch
 
@@ -9,6 +7,12 @@ from minicode.control import Code, chosen
 from minicode.study import machine
 
 LEARNT = 0.9  # transition accuracy below which a run has little to show
+CONTROLS = {  # and the codes that are forced, as machine.py names them
+    "control_before": "none",
+    "control_after": "all",
+    "control_mlp": "all_mlp",
+    "control_random_codes": "random_code",
+}
 
 
 def demonstrate(run, args):
@@ -18,13 +22,12 @@ def demonstrate(run, args):
         on_text = "on text: --force-code topic:NAME, or word:WORD"
         raise ValueError(f"a bare --force-code is the demonstration on TokFSM; {on_text}")
     model = run.model
-    sites = run.sites()
     rng = np.random.default_rng(args.seed)
-    prompt = fsm.prompt((args.prompt or "").strip() or fsm.name(rng.integers(fsm.n_states)))
+    prompt = fsm.prompt(args.prompt.strip() or fsm.name(rng.integers(fsm.n_states)))
     length = prompt.shape[1]
     room = run.config.block_size + 1 - length
     n_new = max(fsm.digits, args.max_new_tokens or min(6 * fsm.digits, room))
-    a = fsm.decode(prompt[0, 1:].numpy())[-1]
+    a = fsm.decode(prompt[0, 1:])[-1]
     follows = fsm.transition_matrix > 0
     shared = follows[a] @ follows.T  # whether a state has a successor in common with a
     b = rng.choice(np.flatnonzero(shared == shared.min()))
@@ -34,43 +37,36 @@ def demonstrate(run, args):
     tokens = prompt.repeat(args.num_samples, 1)
     free = model.generate(tokens, n_new, *how, generator)
     target = np.full(args.num_samples, b)
-    everywhere = machine.copy_codes(model, sites)
+    everywhere = machine.copy_codes(model, run.sites())
     tokens, _ = machine.steer(fsm, model, tokens, target, everywhere, generator, *how)
     steered = model.generate(tokens, n_new - fsm.digits, *how, generator)
-    forced = [
-        str(Code(site, group, number, length - 1))
-        for site, ids in chosen(model, fsm.runs([b])).items()
-        for group, own in enumerate(ids[0].tolist())
-        for number in own
-    ]
+    forced = []
+    for site, ids in chosen(model, fsm.runs([b])).items():
+        for group, own in enumerate(ids[0].tolist()):
+            forced += [str(Code(site, group, number, length - 1)) for number in own]
     return {
         "prompt": fsm.name(a),
         "state": fsm.name(b),
-        "samples": [fsm.show(row) for row in steered.numpy()],
-        "samples_free": [fsm.show(row) for row in free.numpy()],
+        "samples": [fsm.show(row) for row in steered],
+        "samples_free": [fsm.show(row) for row in free],
         "forced": forced,
-        **controls(fsm, model, sites, generator, args.seed),
+        **controls(run, generator, args.seed),
     }
 
 
-def controls(fsm, model, sites, generator, seed):
+def controls(run, generator, seed):
     """Control over all pairs of states, by what is forced; and how the model does left alone."""
+    fsm = run.fsm
     a, b = machine.pairs(fsm)
-    mlps = [site for site in sites if site.startswith("mlp.")]
-    random_codes = partial(machine.random_codes, model, generator)
-
-    def control(sites, *change):
-        intervene = machine.copy_codes(model, sites, *change)
-        generator.manual_seed(seed)
-        return machine.control(fsm, model, fsm.runs(a), b, intervene, generator)["control"]
-
-    return {
-        "control_before": control([]),
-        "control_after": control(sites),
-        "control_mlp": control(mlps) if mlps else None,
-        "control_random_codes": control(sites, random_codes),
-        "transition_accuracy": machine.transition_accuracy(fsm, model, generator),
-    }
+    ways = machine.forced_codes(run, generator, np.random.default_rng(seed))
+    result = {}
+    for name, way in CONTROLS.items():
+        if way in ways:
+            generator.manual_seed(seed)
+            figures = machine.control(fsm, run.model, fsm.runs(a), b, ways[way], generator)
+            result[name] = figures["control"]
+    result["transition_accuracy"] = machine.transition_accuracy(fsm, run.model, generator)
+    return result
 
 
 def describe(fsm, result):
@@ -87,7 +83,7 @@ def describe(fsm, result):
     table = "\n".join(f"{free:{width}}{forced}" for free, forced in samples)
     n_pairs = len(machine.pairs(fsm)[0])
     mlps = ""
-    if result["control_mlp"] is not None:
+    if "control_mlp" in result:
         mlps = f"  {result['control_mlp']:.3f}  the MLPs alone\n"
     return f"""\
 A run is in state {a}. It is made to act as if in state {b}, whose successors are
