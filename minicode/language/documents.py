@@ -76,4 +76,4 @@ def decode_utf8(path, offset, content):
     except UnicodeDecodeError as error:
         at = f"byte {content[error.start]:#04x} at offset {offset + error.start}"
         raise ValueError(f"{path} is not UTF-8: {at} ({error.reason})") from None
-    return text if offset else text.removeprefix("\ufeff")
+    return text.removeprefix("\ufeff")

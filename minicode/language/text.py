@@ -111,9 +111,8 @@ class Text:
         self.n_tokens = used.sum(1).tolist()
         n_train, n_held_out = self.n_tokens
         if min(self.n_tokens) < 2:
-            raise ValueError(
-                f"too little text: {n_train} tokens to train on, {n_held_out} held out"
-            )
+            found = f"{n_train} tokens to train on, {n_held_out} held out"
+            raise ValueError(f"too little text: {found}")
 
         train, held_out = used
         p = (train + 1) / (n_train + tokenizer.vocab_size)

@@ -9,8 +9,6 @@ documents stands a token of its own:
 
 import re
 
-import numpy as np
-
 PIECES = re.compile(r" ?\w+| ?[^\w\s]|\s+")  # every character is in one of them
 SEPARATOR = 256  # before each document; below it are the bytes, above it the pieces
 
@@ -23,7 +21,6 @@ class Tokenizer:
         single_bytes = [bytes([i]) for i in range(SEPARATOR)]
         self.bytes = [*single_bytes, b"\n\n", *map(to_bytes, pieces)]  # of each token
         self.vocab_size = len(self.bytes)
-        self.sizes = np.array([len(content) for content in self.bytes])
 
     def encode(self, text):
         """The tokens of a string: a list of ints, none of them the separator."""

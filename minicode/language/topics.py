@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from minicode.control import GENERATED, Code, force
@@ -119,12 +118,12 @@ def continuations(run, codes):
         generator = torch.Generator(model.device).manual_seed(seed)
         with force(model, codes, GENERATED):
             tokens = model.generate(tokens, n_new, generator=generator)
-        new = tokens[:, start:]
-        texts += [run.tokenizer.decode(row) for row in new.tolist()]
+        texts += [run.tokenizer.decode(row) for row in tokens[:, start:].tolist()]
+        targets = tokens[:, 1:].clone()
+        targets[:, : start - 1] = -100  # F.cross_entropy leaves them out
         with evaluating(judge):
-            logits, _ = judge(tokens[:, :-1])
-        of_new = logits[:, start - 1 :].flatten(0, 1).float()
-        losses.append(F.cross_entropy(of_new, new.flatten()).item())
+            _, loss = judge(tokens[:, :-1], targets)
+        losses.append(loss.item())
     return texts, math.exp(np.mean(losses))
 
 
