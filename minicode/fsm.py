@@ -103,12 +103,11 @@ class FSM:
         rng is a NumPy generator.
         """
         n_states = -(-(length - 1) // self.digits)  # the last may be cut off
-        states = np.empty((n, n_states), dtype=np.int64)
-        states[:, 0] = rng.integers(self.n_states, size=n)
+        states = [rng.integers(self.n_states, size=n)]
         choices = rng.integers(self.n_edges, size=(n, n_states))
-        for i in range(1, n_states):
-            states[:, i] = self.successors[states[:, i - 1], choices[:, i]]
-        digits = self.encode(states).reshape(n, -1)
+        for choice in choices.T[1:]:
+            states.append(self.successors[states[-1], choice])
+        digits = self.encode(np.stack(states, axis=1)).reshape(n, -1)
         return np.insert(digits, 0, self.bos, axis=1)[:, :length]
 
     held_out = sequences  # what a model is evaluated on: as endless as what it is trained on
@@ -153,11 +152,9 @@ class FSM:
 
     def texts(self, tokens):
         """The text of each token of tokens (n, T), with a space before each state: n lists of T."""
-        rows = [[self.vocabulary[token] for token in row] for row in tokens]
-        for row in rows:
-            for start in range(1, len(row), self.digits):
-                row[start] = " " + row[start]
-        return rows
+        texts = np.array(self.vocabulary, dtype=object)[tokens]
+        texts[:, 1 :: self.digits] = " " + texts[:, 1 :: self.digits]
+        return texts.tolist()
 
     # -- ground truth
 
@@ -192,10 +189,10 @@ class FSM:
         Two tensors of tokens: (N, 1 + digits) and (n, 2 + digits).
         """
         states = self.runs(range(self.n_states))
-        first_digits = self.encode(self.successors)[..., 0]  # (N, n_edges)
-        every = np.arange(self.n_states)[:, None] * self.base + first_digits
-        before, digit = divmod(np.unique(every), self.base)
-        return states, torch.cat((states[before], torch.from_numpy(digit)[:, None]), dim=1)
+        before = states.repeat_interleave(self.n_edges, dim=0)
+        after = self.runs(self.successors.ravel())
+        first_digit = after[:, 1:2]
+        return states, torch.cat((before, first_digit), dim=1).unique(dim=0)
 
     def loss_floor(self, length):
         """The entropy of the source, in nats a token, over the `length` tokens that follow BOS.
@@ -203,23 +200,18 @@ class FSM:
         No model's expected loss is lower. Exact: the first state, the distribution over states as
         it changes from step to step, and a state cut off by the end are all counted as they are.
         """
-        n, rest = divmod(length, self.digits)
-        # (N + 1, N): the last row for the first state, which any may be.
-        rows = np.insert(self.transition_matrix, self.n_states, 1 / self.n_states, axis=0)
-        whole = self._entropy(rows, self.digits)
-        before = np.eye(self.n_states + 1)[-1]  # the distribution over these rows
+        before = np.ones(1)  # the distribution of the state before; the first has only one
+        next_state = np.full((1, self.n_states), 1 / self.n_states)  # that of the next, after each
         total = 0.0
-        for _ in range(n):
-            total += before @ whole
-            before = np.append(before @ rows, 0)
-        total += before @ self._entropy(rows, rest)
+        for left in range(length, 0, -self.digits):
+            n_alike = self.base ** max(0, self.digits - left)  # states that start alike: cut off
+            starts = np.arange(0, self.n_states, n_alike)
+            p = np.add.reduceat(next_state, starts, axis=1)
+            entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(1)
+            total += before @ entropy
+            before = before @ next_state
+            next_state = self.transition_matrix
         return float(total / length)
-
-    def _entropy(self, rows, n_digits):
-        """In nats, of the first n_digits digits of a state; its distributions are rows (n, N)."""
-        starts = np.arange(0, self.n_states, self.base ** (self.digits - n_digits))
-        p = np.add.reduceat(rows, starts, axis=1)  # of the states that start alike
-        return -(p * np.log(np.where(p > 0, p, 1))).sum(1)
 
     def measures(self, tokens, loss):
         """What a loss on sequences (n, T) is held against."""

@@ -83,7 +83,7 @@ def test_recording_is_what_record_says(fsm):
     with torch.no_grad(), record(model) as codes:
         model(tokens)
     stored = recording.codes
-    assert stored.dtype == np.int16
+    assert stored.dtype == np.int32
     assert stored.shape == (70, 8, 12)
     columns = []
     for site, ids in codes.items():

@@ -6,8 +6,8 @@ predict, `agreement` compares two runs.
 """
 
 import math
+from collections import namedtuple
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -18,9 +18,8 @@ from minicode.control import Code, chosen, force, record
 from minicode.model import evaluating
 
 
-@dataclass
 class Recording:
-    """The codes of a model on tokens (n, T).
+    """The codes (n, T, columns) of a model on tokens (n, T), both NumPy arrays.
 
     columns   (site, group) of each codebook in use, as many times as it makes choices
     names     the codes of all these codebooks; a code's number is its place among them
@@ -29,11 +28,10 @@ class Recording:
     where     for each code, the positions at which it fires
     """
 
-    model: object
-    tokens: np.ndarray  # (n, T)
-    codes: np.ndarray  # (n, T, columns): ids, as they are stored
-
-    def __post_init__(self):
+    def __init__(self, model, tokens, codes):
+        self.model = model
+        self.tokens = tokens
+        self.codes = codes
         self.columns = []
         self.names = []
         first = []  # for each column, the number of its code 0
@@ -42,7 +40,7 @@ class Recording:
                 self.columns += [(site, group)] * codebook.k
                 first += [len(self.names)] * codebook.k
                 self.names += [Code(site, group, i) for i in range(codebook.n_codes)]
-        self.fired = self.codes.reshape(-1, len(first)) + np.array(first, dtype=np.int32)
+        self.fired = codes.reshape(-1, len(first)) + np.array(first)
         self.count = np.bincount(self.fired.ravel(), minlength=len(self.names))
         by_code = np.argsort(self.fired, axis=None, kind="stable") // len(first)
         self.where = np.split(by_code, np.cumsum(self.count)[:-1])
@@ -55,35 +53,31 @@ class Recording:
 
 def record_codes(model, tokens):
     """A Recording of the model on tokens (n, T), a NumPy array."""
-    small = all(codebook.n_codes < 2**15 for codebook in model.codebooks().values())
     codes = []
     for part in torch.from_numpy(tokens).split(64):
         with evaluating(model), record(model) as ids:
             model(part.to(model.device))
         joined = torch.cat([i.flatten(2) for i in ids.values()], dim=-1)
-        codes.append(joined.to(torch.int16 if small else torch.int32).cpu())
+        codes.append(joined.int().cpu())
     return Recording(model, tokens, torch.cat(codes).numpy())
 
 
 # -- what a code stands for
 
 
-@dataclass
-class Detectors:
-    """Codes as detectors of labels: precision, recall and F1, (codes, labels) each."""
-
-    precision: np.ndarray
-    recall: np.ndarray
-    f1: np.ndarray
-    total: np.ndarray  # (labels): positions that have the label
+Detectors = namedtuple("Detectors", "precision recall f1 total")
 
 
 def detect(recording, labels, names):
-    """How well each code detects each label: labels (n, T), -1 for none (paper, section 4.2)."""
+    """How well each code detects each label: labels (n, T), -1 for none (paper, section 4.2).
+
+    Detectors: precision, recall and F1, (codes, labels) each; and at how many positions each label
+    is, (labels).
+    """
     flat = labels.ravel()
     known = flat >= 0
     shape = (len(recording.names), len(names))
-    pairs = recording.fired[known].astype(np.int64) * len(names) + flat[known, None]
+    pairs = recording.fired[known] * len(names) + flat[known, None]
     both = np.bincount(pairs.ravel(), minlength=math.prod(shape)).reshape(shape)
     fires = recording.count[:, None]
     total = np.bincount(flat[known], minlength=len(names))
@@ -98,16 +92,13 @@ def best_labels(recording, kinds):
 
     A label is (kind, name, precision, recall, F1), and the best is that of the highest F1.
     """
-    best = [None] * len(recording.names)
-    for kind, (labels, names) in kinds.items():
-        if not names:
-            continue
-        found = detect(recording, labels, names)
-        for code, label in enumerate(found.f1.argmax(1)):
-            measures = (found.precision, found.recall, found.f1)
-            precision, recall, f1 = (float(measure[code, label]) for measure in measures)
-            if f1 > (best[code][-1] if best[code] else 0):
-                best[code] = (kind, names[label], precision, recall, f1)
+    labels = [(kind, name) for kind, (_, names) in kinds.items() for name in names]
+    found = [detect(recording, *known)[:3] for known in kinds.values()]
+    best = []
+    for measures in np.concatenate(found, axis=-1).swapaxes(0, 1):  # (3, labels) of each code
+        label = measures[-1].argmax()
+        precision, recall, f1 = measures[:, label].tolist()
+        best.append((*labels[label], precision, recall, f1) if f1 else None)
     return best
 
 
@@ -168,16 +159,16 @@ def best_neurons(values, labels, wanted):
     A unit detects a label above or below the threshold at which it has that recall.
     """
     best = torch.zeros(len(wanted))
-    for part in torch.cat((values, -values), dim=1).split(256, dim=1):
-        ordered = part.T.contiguous().sort(dim=1).values  # (units, N)
+    for part in torch.cat((values.T, -values.T)).split(256):  # (units, N)
+        ordered = part.sort(dim=1).values
         for i, (label, recall) in enumerate(wanted):
-            there = part[labels == label].T.contiguous()  # (units, P)
+            there = part[:, labels == label]  # (units, P)
             n_found = max(1, math.ceil(recall * there.shape[1] - 1e-9))
             threshold = there.kthvalue(there.shape[1] - n_found + 1, dim=1, keepdim=True).values
             n_fired = ordered.shape[1] - torch.searchsorted(ordered, threshold)  # (units, 1)
             n_right = (there >= threshold).sum(1, keepdim=True)
             best[i] = max(best[i], (n_right / n_fired).max())
-    return best.numpy()
+    return best.tolist()
 
 
 def codes_against_neurons(run, recording, kinds, n_positions=2**15):
@@ -193,13 +184,14 @@ def codes_against_neurons(run, recording, kinds, n_positions=2**15):
     for labels, names in kinds:
         flat = labels[:rows].ravel()
         found = detect(recording, labels, names)
-        code = found.f1.argmax(0)  # the best of each label
-        there = np.unique(flat[flat >= 0])
-        detected = [label for label in there if found.f1[code[label], label] > 0]
-        wanted = [(label, found.recall[code[label], label]) for label in detected]
-        best = best_neurons(values, torch.from_numpy(flat), wanted)
-        for label, precision in zip(detected, best.tolist()):
-            points.append((precision, float(found.precision[code[label], label]), names[label]))
+        best = found.f1.argmax(0), range(len(names))  # the best code of each label
+        precision = found.precision[best]
+        recall = found.recall[best]
+        detected = np.intersect1d(flat, recall.nonzero())
+        wanted = [(label, recall[label]) for label in detected]
+        neurons_found = best_neurons(values, torch.from_numpy(flat), wanted)
+        for label, neuron in zip(detected, neurons_found):
+            points.append((neuron, float(precision[label]), names[label]))
     # No point: no label occurs, or no code fires on one.
     neuron, code = np.array([point[:2] for point in points] or [(0.0, 0.0)]).T
     return {

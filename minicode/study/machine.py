@@ -13,6 +13,7 @@ so that the network is told twice where it is: when it chooses d, and when it ch
 from collections import defaultdict
 from contextlib import ExitStack
 from functools import partial
+from statistics import fmean, stdev
 
 import numpy as np
 import torch
@@ -132,10 +133,9 @@ def wrong_state(fsm, intervene, rng):
 
     def instead(tokens, b_run):
         b = fsm.decode(b_run[:, 1:])[:, 0]
-        other = (b + offset) % fsm.n_states
-        wrong = fsm.runs(other).to(b_run.device)
-        since = b_run[:, wrong.shape[1] :]
-        return intervene(tokens, torch.cat((wrong, since), dim=1))
+        wrong = b_run.clone()
+        wrong[:, : 1 + fsm.digits] = fsm.runs((b + offset) % fsm.n_states)
+        return intervene(tokens, wrong)
 
     return instead
 
@@ -160,13 +160,11 @@ def add_mean_difference(fsm, model, layer, rng):
 
     def means(tails):
         """Mean activation after runs that end in tails (n, t): (n, n_embd)."""
-        tails, which = tails.cpu().unique(dim=0, return_inverse=True)
         each_context = contexts.repeat(len(tails), 1)
-        each_tail = tails.repeat_interleave(len(contexts), dim=0)
+        each_tail = tails.cpu().repeat_interleave(len(contexts), dim=0)
         tokens = torch.cat((each_context, each_tail), dim=1)
         output = inputs(model, [next_layer], tokens)[0]
-        last = output[:, -1].view(len(tails), len(contexts), -1)
-        return last.mean(1)[which]
+        return output[:, -1].unflatten(0, (-1, len(contexts))).mean(1)
 
     def intervene(tokens, b_run):
         in_b = means(b_run[:, 1:])
@@ -187,9 +185,8 @@ def control(fsm, model, tokens, b, intervene, generator=None):
     divergence = 0.0
     for part in torch.arange(len(b)).split(4096):
         after, logits = steer(fsm, model, tokens[part], b[part], intervene, generator)
-        state = fsm.decode(after[:, -fsm.digits :].cpu())[:, 0]
-        follows = (state >= 0) & (fsm.transition_matrix[b[part], state] > 0)
-        n_follow += int(follows.sum())
+        state = fsm.decode(after[:, -fsm.digits :])  # (n, 1)
+        n_follow += int(fsm.allowed(np.insert(state, 0, b[part], axis=1)).sum())
         of_runs, own = logits.softmax(-1)  # (digits, n, vocab_size) each
         divergence += jsd(of_runs, own).mean(0).sum().item()
     return {"control": n_follow / len(b), "jsd": divergence / len(b)}
@@ -225,15 +222,22 @@ def control_study(run, n_pairs=400):
     rng = np.random.default_rng(0)
     forced = forced_codes(run, generator, rng)
     shifts = mean_differences(run, rng)
-    samples = defaultdict(lambda: defaultdict(list))
+    samples = defaultdict(list)  # figures by way and place
     for _ in tqdm(range(N_SEEDS), desc="control", leave=False, disable=None):
         drawn = draw_pairs(run, n_pairs, rng)
         for way, intervene in {**forced, **shifts}.items():
             model = run.dense if way in shifts else run.model
             for where, (tokens, b) in drawn.items():
                 figures = control(run.fsm, model, tokens, b, intervene, generator)
-                samples[way][where].append(figures)
-    return summarise(samples, layers=shifts)
+                samples[way, where].append(figures)
+    result = defaultdict(dict)
+    for (way, where), rows in samples.items():
+        result[way][where] = interval(rows)
+    layers = [result.pop(layer) for layer in shifts]
+    if layers:
+        best = max(layers, key=lambda layer: layer["first"]["control"])
+        result["mean_difference"] = best
+    return result
 
 
 def forced_codes(run, generator, rng):
@@ -279,23 +283,11 @@ def draw_pairs(run, n_pairs, rng):
     return {"first": first, "inside": inside}
 
 
-def summarise(samples, layers):
-    """Means and intervals of samples {way: {where: rows}}; of these layers only the best."""
-    result = {}
-    for way, rows in samples.items():
-        result[way] = {where: interval(rows[where]) for where in rows}
-    shifts = [result.pop(layer) for layer in layers]
-    if shifts:
-        result["mean_difference"] = max(shifts, key=lambda way: way["first"]["control"])
-    return result
-
-
 def interval(rows):
     """Means over rows {"control", ...}; as "control_ci", ... half the width of their intervals."""
     result = {}
     for name in rows[0]:
-        values = np.array([row[name] for row in rows])
-        spread = STUDENTS_T * values.std(ddof=1)
-        result[name] = float(values.mean())
-        result[f"{name}_ci"] = float(spread / len(rows) ** 0.5)
+        values = [row[name] for row in rows]
+        result[name] = fmean(values)
+        result[f"{name}_ci"] = STUDENTS_T * stdev(values) / len(values) ** 0.5
     return result
