@@ -18,7 +18,7 @@ from minicode.runtime.files import write
 from minicode.runtime.options import Parser
 from minicode.runtime.runs import load_run
 from minicode.study.ideas import IDEAS, REPLACED
-from minicode.study.machine import control, copy_codes, pairs
+from minicode.study.machine import control, forced_codes, pairs
 from minicode.train_fsm import main as train_fsm
 
 COLUMNS = ("loss", "transition_accuracy", "dead_code_fraction", "control_mlp")
@@ -82,11 +82,10 @@ def result(idea, folder, steps, seed):
 
 def control_by_mlps(run):
     """`control` where the codes of all MLPs are forced."""
-    mlps = [site for site in run.model.codebooks() if site.startswith("mlp.")]
     generator = torch.Generator().manual_seed(0)
+    mlps = forced_codes(run, generator, np.random.default_rng(0))["all_mlp"]
     a, b = pairs(run.fsm)
-    steered = copy_codes(run.model, mlps)
-    return control(run.fsm, run.model, run.fsm.runs(a), b, steered, generator)["control"]
+    return control(run.fsm, run.model, run.fsm.runs(a), b, mlps, generator)["control"]
 
 
 if __name__ == "__main__":

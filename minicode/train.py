@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minicode.codebook import perplexity
 from minicode.fsm import FSM
 from minicode.model import evaluating
 from minicode.runtime import processes
 from minicode.runtime.files import write_tensors
 from minicode.runtime.progress import bar, describe, say, show
 from minicode.runtime.session import save_checkpoint, stop_signals, summarise
+from minicode.study.detectors import usage
 from minicode.study.machine import accuracies
 
 
@@ -118,19 +118,10 @@ def evaluate(model, data, seed, n):
     if isinstance(data, FSM):
         figures |= accuracies(data, model, seed)
     if counts:
-        figures |= codes_in_use(counts)
+        every = torch.cat([count.flatten() for count in counts.values()])
+        figures["dead_code_fraction"] = (every == 0).float().mean().item()
+        figures["sites"] = usage(counts)
     return figures
-
-
-def codes_in_use(counts):
-    """The share of codes never chosen, in all and by site, from {site: how often each was}."""
-    sites = {}
-    every = torch.cat([count.flatten() for count in counts.values()])
-    for name, count in counts.items():
-        dead = (count == 0).float().mean().item()
-        evenness = perplexity(count).mean().item()
-        sites[name] = {"dead_code_fraction": dead, "perplexity": evenness}
-    return {"dead_code_fraction": (every == 0).float().mean().item(), "sites": sites}
 
 
 def train(session):
@@ -154,7 +145,7 @@ def train(session):
                 forward = wrapped(session)
 
             loss = train_step(model, forward, session.optimizer, config, step, session.data)
-            loss, stopped = processes.agree(loss, bool(stop))
+            stopped = processes.any_rank(bool(stop), model.device)
             session.step = step + 1
             session.seconds = time.monotonic() - began
 

@@ -40,7 +40,7 @@ def test_bench_prints_every_table(small, capsys):
 def test_the_gflops_of_a_method_are_its_operations_over_its_time(small, capsys):
     x = torch.randn(2, 80, 4)
     codes = torch.randn(2, 300, 4)
-    table = bench.bench_search(x, codes, 2, "distance")
+    table = bench.bench_search(x, codes, 2)
     for method in table["methods"].values():
         operations = 2 * 2 * 80 * 4 * 300
         assert method["gflops"] == pytest.approx(operations / (method["ms"] / 1e3) / 1e9)

@@ -132,6 +132,7 @@ def test_dead_codes_are_those_that_evaluation_never_chooses(tiny_run):
     assert figures["sites"]["mlp.0"] == {
         "dead_code_fraction": pytest.approx(31 / 32),
         "perplexity": pytest.approx(1),
+        "codes": 32,
     }
 
 

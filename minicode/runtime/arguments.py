@@ -18,7 +18,7 @@ def check_search(x, codes, k, similarity):
         raise ValueError(f"x must be (..., {wanted}) to go with {shapes}")
     if x.device != codes.device:
         raise ValueError(f"x is on {x.device} but codes are on {codes.device}")
-    if not isinstance(k, int) or isinstance(k, bool):
+    if type(k) is not int:
         raise TypeError(f"k must be an int, not {type(k).__name__}")
     n_codes = codes.shape[-2]
     if not 1 <= k <= n_codes:

@@ -17,8 +17,6 @@ def search(x, codes, scale, offset, k, coarse):
     halves = []
     if coarse and large and torch.cuda.get_device_capability(x.device) >= (8, 0):
         halves = coarse_pass(x, codes, scale, offset)
-    scale = scale.contiguous()
-    offset = offset.contiguous()
     return torch.ops.minicode_native.topk_cuda(x, codes, scale, offset, k, halves)
 
 

@@ -79,13 +79,11 @@ def take_from_first(module):
             dist.broadcast(tensor, src=0)
 
 
-def agree(loss, stop):
-    """The mean loss, and whether any rank is to stop, so that all end at the same step."""
+def any_rank(stop, device):
+    """Whether any rank is to stop, so that all end at the same step."""
     if ranks() == 1:
-        return loss, stop
-    both = torch.stack((loss / ranks(), torch.full_like(loss, stop)))
-    add_up(both)
-    return both[0], both[1].item() > 0
+        return stop
+    return add_up(torch.tensor(float(stop), device=device)).item() > 0
 
 
 @contextmanager

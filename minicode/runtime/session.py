@@ -160,11 +160,11 @@ def load_moments(optimizer, found):
 
 def summarise(session):
     """Writes summary.json: the final figures, and those of the model just before its codebooks."""
-    dense = None
-    for line in session.metrics:
-        if line["step"] == session.config.dense_steps < session.config.steps:
-            dense = line
+    config = session.config
     seconds = round(session.seconds, 1)
-    summary = {**session.metrics[-1], "seconds": seconds, "dense": dense}
+    summary = {**session.metrics[-1], "seconds": seconds, "dense": None}
+    for line in session.metrics:
+        if line["step"] == config.dense_steps < config.steps:
+            summary["dense"] = line
     write(session.folder / "summary.json", json.dumps(summary, indent=1))
     return summary

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from minicode.codebook import perplexity
 from minicode.control import Code, chosen, force, record
 from minicode.model import evaluating
 
@@ -45,6 +46,13 @@ class Recording:
         by_code = np.argsort(self.fired, axis=None, kind="stable") // len(first)
         self.where = np.split(by_code, np.cumsum(self.count)[:-1])
 
+    def counts(self):
+        """By site, how often each code fires: {"mlp.1": (G, C), ...}."""
+        codebooks = self.model.codebooks()
+        sizes = [codebook.usage.numel() for codebook in codebooks.values()]
+        parts = torch.from_numpy(self.count).split(sizes)
+        return {site: part.view_as(codebooks[site].usage) for site, part in zip(codebooks, parts)}
+
     def places(self, number, most):
         """Up to `most` positions at which a code fires, evenly spread over the recording."""
         at = self.where[number]
@@ -60,6 +68,18 @@ def record_codes(model, tokens):
         joined = torch.cat([i.flatten(2) for i in ids.values()], dim=-1)
         codes.append(joined.int().cpu())
     return Recording(model, tokens, torch.cat(codes).numpy())
+
+
+def usage(counts):
+    """By site, from how often each code was chosen (G, C): how many are in use, and how evenly."""
+    sites = {}
+    for site, count in counts.items():
+        sites[site] = {
+            "dead_code_fraction": (count == 0).float().mean().item(),
+            "perplexity": perplexity(count).mean().item(),
+            "codes": count.numel(),
+        }
+    return sites
 
 
 # -- what a code stands for

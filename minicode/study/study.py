@@ -3,13 +3,11 @@
 import json
 
 import numpy as np
-import torch
 
-from minicode.codebook import perplexity
 from minicode.language import topics
 from minicode.runtime.files import write
 from minicode.study import figures
-from minicode.study.detectors import best_labels, codes_against_neurons, detect, purity
+from minicode.study.detectors import best_labels, codes_against_neurons, detect, purity, usage
 from minicode.study.machine import control_study
 from minicode.study.page import page, write_report
 
@@ -23,7 +21,7 @@ def study(run, recording, kinds, folder):
     result = {
         "run": str(run.folder),
         "tokens": recording.tokens.size,
-        "usage": usage(recording),
+        "usage": usage(recording.counts()),
         "detectors": detectors,
         "best_codes": best_codes(recording, labels),
     }
@@ -44,21 +42,6 @@ def study(run, recording, kinds, folder):
         for name, (svg, _) in drawn.items():
             write(folder / f"{name}.svg", svg)
     return result, describe(result, run.folder)
-
-
-def usage(recording):
-    """By site: the share of codes that never fire here, and the perplexity."""
-    codebooks = recording.model.codebooks()
-    sizes = [codebook.usage.numel() for codebook in codebooks.values()]
-    of_sites = torch.from_numpy(recording.count).double().split(sizes)
-    result = {}
-    for (site, codebook), counts in zip(codebooks.items(), of_sites):
-        result[site] = {
-            "dead_code_fraction": (counts == 0).double().mean().item(),
-            "perplexity": perplexity(counts.view_as(codebook.usage)).mean().item(),
-            "codes": len(counts),
-        }
-    return result
 
 
 def best_codes(recording, labels):

@@ -34,11 +34,11 @@ def _finish():
         torch.cuda.synchronize()
 
 
-def searches(x, codes, k, similarity):
+def searches(x, codes, k):
     """The ways of searching there are here, {name: function}; x (G, N, d), codes (G, C, d)."""
-    scale, offset = topk.scale_and_offset(codes, similarity)
+    scale, offset = topk.scale_and_offset(codes, "cosine")
     table = (codes * scale.mT).contiguous()
-    search = (x, codes, k, similarity)
+    search = (x, codes, k, "cosine")
     methods = {
         "matmul + topk": lambda: torch.baddbmm(offset, x, table.mT).topk(k),
         "PyTorch, chunks": partial(topk.search_in_chunks, *search),
@@ -48,29 +48,28 @@ def searches(x, codes, k, similarity):
         methods["float32"] = partial(extension, coarse=False)
         methods["coarse + float32"] = extension
     if importlib.util.find_spec("faiss") and not x.is_cuda:
-        methods["faiss"] = _faiss(x.numpy(), table.numpy(), k, similarity)
+        methods["faiss"] = _faiss(x.numpy(), table.numpy(), k)
     return methods
 
 
-def _faiss(x, table, k, similarity):
+def _faiss(x, table, k):
     """The search by faiss, as a function: x (G, N, d), table (G, C, d)."""
     import faiss
 
-    kind = faiss.IndexFlatL2 if similarity == "distance" else faiss.IndexFlatIP
     searches = []
     for queries, rows in zip(x, table):
-        index = kind(table.shape[2])
+        index = faiss.IndexFlatIP(table.shape[2])
         index.add(rows)
         searches.append(partial(index.search, np.ascontiguousarray(queries), k))
     return lambda: [search() for search in searches]
 
 
-def bench_search(x, codes, k, similarity="cosine"):
+def bench_search(x, codes, k):
     """One table of searches: times, GFLOP/s, and times_as_fast as matmul + topk.
 
     different_ids: how many of the ids are not those of PyTorch's search.
     """
-    methods = searches(x, codes, k, similarity)
+    methods = searches(x, codes, k)
     exact = methods["PyTorch, chunks"]()[1]
     flop = 2 * x.numel() * codes.shape[1]
     quick = flop < 1e8 or x.is_cuda
