@@ -1,7 +1,7 @@
 """python -m minicode.ablate: every idea that we tried on TokFSM, over three seeds, as one table.
 
 An idea is the default with some flags, or with a few lines of it replaced. Half as many steps as
-the default, so that the whole takes 70 minutes on one core; stopped, it goes on with the run it
+the default, so that the whole takes 75 minutes on one core; stopped, it goes on with the run it
 was at.
 """
 
@@ -17,8 +17,8 @@ from minicode.codebook import Codebook
 from minicode.runtime.files import write
 from minicode.runtime.options import Parser
 from minicode.runtime.runs import load_run
+from minicode.study.demonstration import controls
 from minicode.study.ideas import IDEAS, REPLACED
-from minicode.study.machine import control, forced_codes, pairs
 from minicode.train_fsm import main as train_fsm
 
 COLUMNS = ("loss", "transition_accuracy", "dead_code_fraction", "control_mlp")
@@ -75,17 +75,10 @@ def result(idea, folder, steps, seed):
         if status:
             raise SystemExit(status)
         run = load_run(folder)
-        figures = {**run.summary, "control_mlp": control_by_mlps(run)}
+        steered = controls(run, torch.Generator(), seed=0)
+        figures = {**steered, **run.summary}
     write(path, json.dumps(figures))
     return figures
-
-
-def control_by_mlps(run):
-    """`control` where the codes of all MLPs are forced."""
-    generator = torch.Generator().manual_seed(0)
-    mlps = forced_codes(run, generator, np.random.default_rng(0))["all_mlp"]
-    a, b = pairs(run.fsm)
-    return control(run.fsm, run.model, run.fsm.runs(a), b, mlps, generator)["control"]
 
 
 if __name__ == "__main__":

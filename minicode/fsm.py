@@ -55,18 +55,14 @@ class FSM:
             every = np.tile(np.arange(self.n_states), (self.n_states, 1))
             shuffled = np.random.default_rng(self.seed).permuted(every, axis=1)
             self.successors = shuffled[:, : self.n_edges]
-        self.successors = np.sort(self.successors, axis=-1)
-        self._check_successors()
-        self.transition_matrix = np.zeros((self.n_states, self.n_states))
-        np.put_along_axis(self.transition_matrix, self.successors, 1 / self.n_edges, axis=1)
-
-    def _check_successors(self):
-        edges = self.successors
+        edges = self.successors = np.sort(self.successors, axis=-1)
         fits = edges.shape == (self.n_states, self.n_edges) and edges.dtype.kind in "iu"
         inside = fits and 0 <= edges.min() <= edges.max() < self.n_states
         if not (inside and np.diff(edges).all()):
             wanted = f"{self.n_edges} different successors"
             raise ValueError(f"a machine needs {wanted} for each of its {self.n_states} states")
+        self.transition_matrix = np.zeros((self.n_states, self.n_states))
+        np.put_along_axis(self.transition_matrix, self.successors, 1 / self.n_edges, axis=1)
 
     def __str__(self):
         return f"TokFSM: {self.n_states} states, {self.n_edges} edges each"
@@ -127,10 +123,8 @@ class FSM:
     def show(self, tokens):
         """A sequence (T,) from BOS on, as text: its states, an x before one that may not follow."""
         states = self.decode(tokens[1:])
-        text = self.name(states[0]) if len(states) else ""
-        for state, allowed in zip(states[1:], self.allowed(states)):
-            arrow = "->" if allowed else "-x"
-            text += f" {arrow} {self.name(state)}"
+        arrows = ["", *np.where(self.allowed(states), " -> ", " -x ")]
+        text = "".join(arrow + self.name(state) for arrow, state in zip(arrows, states))
         rest = tokens[1 + len(states) * self.digits :]
         if len(rest):
             text += " .. " + "".join(self.vocabulary[token] for token in rest)
@@ -191,8 +185,8 @@ class FSM:
         states = self.runs(range(self.n_states))
         before = states.repeat_interleave(self.n_edges, dim=0)
         after = self.runs(self.successors.ravel())
-        first_digit = after[:, 1:2]
-        return states, torch.cat((before, first_digit), dim=1).unique(dim=0)
+        with_digit = torch.cat((before, after[:, 1:2]), dim=1)
+        return states, with_digit.unique(dim=0)
 
     def loss_floor(self, length):
         """The entropy of the source, in nats a token, over the `length` tokens that follow BOS.

@@ -49,15 +49,16 @@ def main(argv=None):
 def make_parser():
     parser = Parser("interpret", __doc__)
     add = parser.add_argument
+    one_of = parser.add_mutually_exclusive_group().add_argument
     add("--run", type=Path, metavar="FOLDER", help="the run (default: the newest in runs/)")
-    add(
+    one_of(
         "--search", metavar="REGEX", help="the codes that fire where it, or its first bracket, ends"
     )
     add("--precision", type=float, default=0.5, help="the least for --search (default: 0.5)")
     add("--recall", type=float, default=0.1, help="the least for --search (default: 0.1)")
-    add("--code", help="where this code fires")
-    add("--compare", type=Path, metavar="FOLDER", help="another run on the same data")
-    add("--picture", type=Path, metavar="FILE", help="of a run on TokFSM, as SVG")
+    one_of("--code", help="where this code fires")
+    one_of("--compare", type=Path, metavar="FOLDER", help="another run on the same data")
+    one_of("--picture", type=Path, metavar="FILE", help="of a run on TokFSM, as SVG")
     add("--figures", type=Path, metavar="FOLDER", help="write the figures there too, as SVG")
     add("--json", action="store_true", help="print the result as JSON")
     return parser

@@ -235,6 +235,13 @@ def test_odd_runs_are_interpreted_all_the_same(flags, tmp_path, capsys):
     assert ("mean_difference" in control) == (flags[-1] == "1")
 
 
+def test_one_question_at_a_time_and_a_hint_where_nothing_matches(interpreted, capsys):
+    flags = ["--run", interpreted, "--search", "1", "--code", "mlp.0.1"]
+    assert "--code: not allowed with argument --search" in refusal(interpret, *flags, capsys=capsys)
+    interpret(["--run", str(interpreted), "--search", "nothing"])
+    assert "a space before each state" in capsys.readouterr().out
+
+
 def test_what_goes_wrong_ends_in_one_line(interpreted, tmp_path, capsys):
     folder = shutil.copytree(interpreted, tmp_path / "run")
     precious = tmp_path / "precious"

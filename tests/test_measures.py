@@ -28,7 +28,6 @@ from minicode.study.machine import (
     control_study,
     copy_codes,
     interval,
-    random_codes,
     shift,
     wrong_state,
 )
@@ -71,6 +70,7 @@ def test_best_label_is_that_of_the_highest_f1():
         "fine": (np.array([[-1, -1, 0, 0]]), ["end"]),
         "none": (np.array([[-1, -1, -1, -1]]), []),
     }
+    assert best_labels(recording, {"none": kinds["none"]}) == [None] * 4
     best = best_labels(recording, kinds)
     assert best[0][:2] == ("rough", "all")
     assert best[1] == ("fine", "end", 1, 1, 1)
@@ -288,7 +288,7 @@ def test_what_is_forced_in_the_place_of_the_codes_of_b(fsm):
     sites = ["head.0", "mlp.1"]
     own = forced(copy_codes(model, sites))
     assert own.keys() == set(sites)
-    drawn = forced(copy_codes(model, sites, lambda *args: random_codes(model, generator, *args)))
+    drawn = forced(copy_codes(model, sites, random=generator))
     for site, ids in own.items():
         assert drawn[site].shape == ids.shape
         assert drawn[site].max() < model.codebooks()[site].n_codes

@@ -41,7 +41,7 @@ class Recording:
                 self.columns += [(site, group)] * codebook.k
                 first += [len(self.names)] * codebook.k
                 self.names += [Code(site, group, i) for i in range(codebook.n_codes)]
-        self.fired = codes.reshape(-1, len(first)) + np.array(first)
+        self.fired = codes.reshape(-1, len(first)) + first
         self.count = np.bincount(self.fired.ravel(), minlength=len(self.names))
         by_code = np.argsort(self.fired, axis=None, kind="stable") // len(first)
         self.where = np.split(by_code, np.cumsum(self.count)[:-1])
@@ -114,11 +114,14 @@ def best_labels(recording, kinds):
     """
     labels = [(kind, name) for kind, (_, names) in kinds.items() for name in names]
     found = [detect(recording, *known)[:3] for known in kinds.values()]
-    best = []
-    for measures in np.concatenate(found, axis=-1).swapaxes(0, 1):  # (3, labels) of each code
-        label = measures[-1].argmax()
-        precision, recall, f1 = measures[:, label].tolist()
-        best.append((*labels[label], precision, recall, f1) if f1 else None)
+    best = [None] * len(recording.names)
+    if not labels:
+        return best
+    measures = np.concatenate(found, axis=-1)  # (3, codes, labels)
+    for code, label in enumerate(measures[-1].argmax(1)):
+        precision, recall, f1 = measures[:, code, label].tolist()
+        if f1:
+            best[code] = (*labels[label], precision, recall, f1)
     return best
 
 
@@ -152,25 +155,22 @@ def purity(model, prompts):
 
 
 def inputs(model, modules, tokens):
-    """What reaches each of these modules as the model runs over tokens (n, T): [(n, T, d), ...]."""
+    """What reaches these modules, side by side, as the model runs over tokens: (n, T, units)."""
     seen = []
     with ExitStack() as stack, evaluating(model):
         for module in modules:
             hook = module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
             stack.enter_context(hook)
         model(tokens.to(model.device))
-    return seen
+    return torch.cat(seen, dim=-1)
 
 
 def neurons(model, tokens):
     """Activations (N, units): of the MLPs' hidden layers, and of what reaches the codebooks."""
     hidden = [block.mlp.mlp_mid_codebook for block in model.h]
-    modules = dict.fromkeys([*model.codebooks().values(), *hidden])  # each once
-    parts = []
-    for part in torch.from_numpy(tokens).split(64):
-        units = torch.cat(inputs(model, modules, part), dim=-1)
-        parts.append(units.flatten(0, 1))
-    return torch.cat(parts)
+    modules = {*model.codebooks().values(), *hidden}  # each once
+    parts = [inputs(model, modules, part) for part in torch.from_numpy(tokens).split(64)]
+    return torch.cat(parts).flatten(0, 1)
 
 
 def best_neurons(values, labels, wanted):

@@ -48,7 +48,9 @@ def search(run, recording, regex, precision=0.5, recall=0.1):
         f"{regex!r} occurs {total} times in the {recording.tokens.size:,} held-out tokens that are "
         f"searched; {len(codes)} codes detect it with {least}"
     )
-    text = "\n".join([about, *lines[:41]]) if total else about
+    if not total:
+        lines = ["(the text is as --code shows it, with a space before each state or word)"]
+    text = "\n".join([about, *lines[:41]])
     return {"search": regex, "matches": total, "codes": codes, "closest": rows[:3]}, text
 
 

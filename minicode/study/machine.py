@@ -44,8 +44,8 @@ def next_state_probabilities(fsm, model):
     """
     n_heads = -(-fsm.n_states // fsm.base)  # a head is all digits of a state but the last
     state, head = divmod(np.arange(fsm.n_states * n_heads), n_heads)
-    heads = torch.from_numpy(fsm.encode(head)[:, 1:])  # (N * n_heads, digits - 1)
-    tokens = torch.cat((fsm.runs(state), heads), dim=1)
+    # A head is a number of one digit less: its run is BOS, 0, and the head.
+    tokens = torch.cat((fsm.runs(state), fsm.runs(head)[:, 2:]), dim=1)
     tables = []
     for part in tokens.split(2000):
         with evaluating(model):
@@ -107,29 +107,26 @@ def steer(fsm, model, tokens, b, intervene, generator=None, temperature=1.0, top
     return tokens, torch.stack(logits, dim=1)
 
 
-def copy_codes(model, sites, change=lambda site, ids: ids):
+def copy_codes(model, sites, random=None):
     """An `intervene` for steer: forces at `sites` what b's run chooses there.
 
-    Or what `change` makes of it: from a site and its ids (n, G, k) other ids.
+    Or, where there is a generator `random`, as many random codes of these sites.
     """
 
     def intervene(tokens, b_run):
         own = chosen(model, b_run)
-        codes = {site: change(site, own[site]) for site in sites}
+        codes = {site: own[site] for site in sites}
+        if random:
+            for site, ids in codes.items():
+                ids.random_(model.codebooks()[site].n_codes, generator=random)
         return partial(force, model, codes, tokens.shape[1] - 1)
 
     return intervene
 
 
-def random_codes(model, generator, site, ids):
-    """A change for copy_codes: as many random codes of the site."""
-    n_codes = model.codebooks()[site].n_codes
-    return torch.randint(n_codes, ids.shape, generator=generator, device=ids.device)
-
-
 def wrong_state(fsm, intervene, rng):
     """An `intervene` for steer: what another does for a wrong state, as far from b for every b."""
-    offset = int(rng.integers(1, fsm.n_states))
+    offset = rng.integers(1, fsm.n_states)
 
     def instead(tokens, b_run):
         b = fsm.decode(b_run[:, 1:])[:, 0]
@@ -163,7 +160,7 @@ def add_mean_difference(fsm, model, layer, rng):
         each_context = contexts.repeat(len(tails), 1)
         each_tail = tails.cpu().repeat_interleave(len(contexts), dim=0)
         tokens = torch.cat((each_context, each_tail), dim=1)
-        output = inputs(model, [next_layer], tokens)[0]
+        output = inputs(model, [next_layer], tokens)
         return output[:, -1].unflatten(0, (-1, len(contexts))).mean(1)
 
     def intervene(tokens, b_run):
@@ -230,13 +227,12 @@ def control_study(run, n_pairs=400):
             for where, (tokens, b) in drawn.items():
                 figures = control(run.fsm, model, tokens, b, intervene, generator)
                 samples[way, where].append(figures)
-    result = defaultdict(dict)
+    result = {}
     for (way, where), rows in samples.items():
-        result[way][where] = interval(rows)
+        result.setdefault(way, {})[where] = interval(rows)
     layers = [result.pop(layer) for layer in shifts]
-    if layers:
-        best = max(layers, key=lambda layer: layer["first"]["control"])
-        result["mean_difference"] = best
+    if layers:  # of which the best counts
+        result["mean_difference"] = max(layers, key=lambda row: row["first"]["control"])
     return result
 
 
@@ -251,7 +247,7 @@ def forced_codes(run, generator, rng):
     if mlps:
         ways["all_mlp"] = copy(mlps)
     ways["all"] = copy(sites)
-    ways["random_code"] = copy(sites, partial(random_codes, run.model, generator))
+    ways["random_code"] = copy(sites, random=generator)
     ways["wrong_state"] = wrong_state(run.fsm, ways["all"], rng)
     return ways
 
@@ -275,7 +271,7 @@ def draw_pairs(run, n_pairs, rng):
     a = rng.integers(fsm.n_states, size=n_pairs)
     first = (fsm.runs(a), (a + others) % fsm.n_states)
     most = run.config.block_size // fsm.digits - 1  # states that a run may have before the next
-    n = int(rng.integers(most // 4, most)) + 1
+    n = rng.integers(most // 4, most) + 1
     tokens = fsm.sequences(rng, n_pairs, 1 + n * fsm.digits)
     others = rng.integers(1, fsm.n_states, size=n_pairs)
     a = fsm.decode(tokens[:, 1:])[:, -1]
