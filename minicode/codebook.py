@@ -1,7 +1,7 @@
-"""A codebook: hidden states in, the sum of their k most similar codes out.
+"""A codebook: hidden states in, the sum of k of its codes out.
 
 a    activation, shape (d,)          s_i  similarity of a and code i
-E    codes, shape (C, d)             S    the k codes with the highest s_i
+E    codes, shape (C, d)             S    k codes: the best for a, then for what is left, and so on
 q    sum of E_i for i in S           out  q + (a - a.detach()): q forward, a's gradient backward
 """
 
@@ -10,37 +10,55 @@ import torch.nn.functional as F
 from torch import nn
 
 from minicode.runtime import processes
-from minicode.topk import topk_codes
+from minicode.topk import pursue, topk_codes
+
+SELECTIONS = ("pursuit", "nearest")
 
 
 class Codebook(nn.Module):
     """Replaces activations (..., groups * dim) by sums of codes, of n_codes for each group.
 
-    q = sum of E_i for the k most similar codes i (paper, section 2.1; its released code divides by
-    k, we sum, as the paper does). With groups=H each head's slice has a codebook of its own; all of
-    them are one (G, C, d) tensor, searched in one call. All is in float32 under autocast.
+    q = sum of E_i for the k chosen codes i (paper, section 2.1; its released code divides by k, we
+    sum, as the paper does). With groups=H each head's slice has a codebook of its own; all of them
+    are one (G, C, d) tensor, searched in one call. All is in float32 under autocast.
 
     similarity    "cosine" as in the paper, "distance" (nearest code) or "dot"
+    selection     "pursuit": the code most similar to a, then the one most similar to what is left,
+                  and so on; or, as in the paper, "nearest": the k most similar to a, which are
+                  near-copies of each other, and their sum blurred. The same for k = 1
     layer_norm    activations are first brought to mean 0 and variance 1, as in the released code
 
     After a forward pass:
-    ids           (..., G, k), best first
+    ids           (..., G, k), in the order of choice: the strongest first
     autoencoding  in training, mean |q - stop_gradient(a)|² an element (section 2.2): moves codes
     commitment    in training, mean |a - stop_gradient(q)|² an element: moves activations
     The training loop adds these two to its loss. Codes learn by gradient: that of `autoencoding`,
     and that of the task's loss, through q.
     """
 
-    def __init__(self, n_codes, dim, k=1, groups=1, similarity="cosine", layer_norm=False):
+    def __init__(
+        self,
+        n_codes,
+        dim,
+        k=1,
+        groups=1,
+        similarity="cosine",
+        layer_norm=False,
+        selection="pursuit",
+    ):
         super().__init__()
         if not 1 <= k <= n_codes:
             raise ValueError(f"k must be from 1 to the {n_codes} codes of the codebook, not {k}")
+        if selection not in SELECTIONS:
+            one_of = ", ".join(SELECTIONS)
+            raise ValueError(f"selection must be one of {one_of}, not {selection!r}")
         self.n_codes = n_codes
         self.dim = dim
         self.k = k
         self.groups = groups
         self.similarity = similarity
         self.layer_norm = layer_norm
+        self.selection = selection
         self.enabled = True
         self.control = None  # minicode.control puts itself here, to force and block codes
         self.ids = None
@@ -71,12 +89,14 @@ class Codebook(nn.Module):
         a = x.float().unflatten(-1, (self.groups, self.dim))
         return F.layer_norm(a, (self.dim,)) if self.layer_norm else a
 
-    def search(self, a, extra=0):
-        """Ids (..., G, k + extra) of the codes most similar to a (..., G, d), best first.
+    def search(self, a, blocked=None):
+        """Ids (..., G, k) of the codes chosen for a (..., G, d), in the order of choice.
 
-        extra: so many more than k, for a control that blocks some.
+        blocked: bool (..., G, C), the codes that must not be chosen, if any.
         """
-        return topk_codes(a, self.codes, self.k + extra, self.similarity)[1]
+        if self.selection == "pursuit":
+            return pursue(a, self.codes, self.k, self.similarity, blocked)
+        return topk_codes(a, self.codes, self.k, self.similarity, blocked)[1]
 
     def sum_codes(self, ids):
         """q (..., G, d) for ids (..., G, k)."""
@@ -104,22 +124,26 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def revive(self, optimizer, generator=None):
-        """Moves dead codes onto inputs of the last training batch that are far from every code.
+        """Moves dead codes onto what is left over of inputs of the last training batch.
 
         Dead is a code chosen less than a twentieth as often as the mean code since the last call.
-        Inputs are drawn as `start` draws its seeds, but by the fourth power of the distance, not
-        the second: so a dead code goes to something that has no code of its own yet, rather than
-        to the fringe of something that has one. The optimizer's moments of a revived code are set
-        to zero. Returns how many were dead.
+        What is left over for a last code, after the others (for k = 1, the input itself), is drawn
+        as `start` draws its seeds, but by the fourth power of the error, not the second: so a dead
+        code goes to something that has no code of its own yet, rather than to the fringe of
+        something that has one. The optimizer's moments of a revived code are set to zero. Returns
+        how many were dead.
         """
         dead = self.usage < 0.05 * self.usage.mean(-1, keepdim=True)  # (G, C)
         self.usage.zero_()
         if self.inputs is None or not dead.any():
             return 0
-        a = processes.all_rows(self.inputs).transpose(0, 1)  # (G, N, d)
-        n_seeds = min(int(dead.sum(-1).max()), a.shape[1])
-        _, distance = self._nearest(a, self.codes)
-        seeds = self._seeds(a, n_seeds, generator, distance, power=2) / self.k
+        a = processes.all_rows(self.inputs)  # (N, G, d)
+        ids = self.search(a)
+        error = (a - self.sum_codes(ids)).transpose(0, 1).square().sum(-1)  # (G, N)
+        others = self.sum_codes(ids[..., :-1]) if self.k > 1 else 0
+        left = (a - others).transpose(0, 1)  # (G, N, d)
+        n_seeds = min(int(dead.sum(-1).max()), len(a))
+        seeds = self._seeds(left, n_seeds, generator, error, power=2)
         rank = (dead.cumsum(-1) - 1).clamp(0, n_seeds - 1)  # the first dead code: the first seed
         self.codes.copy_(torch.where(dead.unsqueeze(-1), _take(seeds, rank), self.codes))
         for moment in optimizer.state[self.codes].values():
@@ -132,8 +156,8 @@ class Codebook(nn.Module):
     def start(self, inputs, rounds=10, generator=None):
         """Sets the codes by k-means on recorded inputs (N, groups * dim).
 
-        For k > 1 they are a k-th of the clusters' means, and then refined, since sums of means are
-        blurred. ValueError where there are fewer inputs than codes.
+        For k > 1 they are a k-th of the clusters' means to begin with, and then fitted to the
+        inputs: sums of means are blurred. ValueError where there are fewer inputs than codes.
         """
         if len(inputs) < self.n_codes:
             needed = f"{self.n_codes} codes need as many inputs to start from"
@@ -146,19 +170,32 @@ class Codebook(nn.Module):
             count, total = self._gather(ids.T.unsqueeze(-1), inputs)
             self.codes.copy_(torch.where(count > 0, total / count.clamp_min(1), self.codes))
         self.codes /= self.k
-        for _ in range(2 * rounds if self.k > 1 else 0):
-            self._refine(inputs)
+        for _ in range(rounds if self.k > 1 else 0):
+            self._fit(inputs)
         self.usage.zero_()
         processes.take_from_first(self)
 
-    def _refine(self, a):
-        """Adds to each code the mean of a - q where it is used, divided by k; a (N, G, d).
+    def _fit(self, a, ridge=1.0):
+        """Sets the codes to those that rebuild a (N, G, d) best, chosen as they are now.
 
-        All k codes of a sum move: a k-th is as far as they can go without making the sums worse.
+        Least squares: with S (N, C) how often each code is chosen, (SᵀS + ridge) E = Sᵀa, a group
+        at a time. It is solved for the change of E, so that a code that is not chosen stays.
         """
         ids = self.search(a)  # (N, G, k)
-        count, total = self._gather(ids, a - self.sum_codes(ids))
-        self.codes += total / count.clamp_min(1) / self.k
+        _, lack = self._gather(ids, a - self.sum_codes(ids))  # Sᵀ(a - SE): (G, C, d)
+        for group, codes in enumerate(self.codes):
+            together = self._count_pairs(ids[:, group]).to(codes)
+            together.diagonal().add_(ridge)
+            codes += torch.cholesky_solve(lack[group], torch.linalg.cholesky(together))
+
+    def _count_pairs(self, ids, at_once=1 << 16):
+        """How often each two codes are chosen together, by ids (N, k) of one group: (C, C)."""
+        n = self.n_codes
+        count = torch.zeros(n * n, dtype=torch.int64, device=ids.device)
+        for part in ids.split(at_once):
+            pairs = n * part.unsqueeze(-1) + part.unsqueeze(-2)  # (n, k, k)
+            count += torch.bincount(pairs.flatten(), minlength=n * n)
+        return count.view(n, n)
 
     def _gather(self, ids, values):
         """How often ids (N, G, k) name each code, and the sum of values (N, G, d) where they do.

@@ -1,8 +1,8 @@
 """Reading and steering a network by its codes: record(model), force(model, codes), block(...).
 
-As in the paper's tables, a code is written mlp.LAYER.CODE, or head.LAYER.HEAD.CODE, with @POSITION
-behind it where one position is meant: mlp.1.527, head.0.3.12@4, mlp.1.527@-1 (from the end of the
-prompt).
+As in the paper's tables, a code is written mlp.LAYER.CODE, or head.LAYER.HEAD.CODE, or
+mlp.LAYER.GROUP.CODE where an MLP's codebook has groups, with @POSITION behind it where one position
+is meant: mlp.1.527, head.0.3.12@4, mlp.1.527@-1 (from the end of the prompt).
 """
 
 import operator
@@ -16,7 +16,7 @@ import torch
 from minicode.model import evaluating
 
 GENERATED = "generated"  # the positions at which the tokens after the prompt are sampled
-NOTATION = re.compile(r"(\w+\.\d+)(?:\.(\d+))?\.(\d+)(?:@(-?\d+))?")  # site, head, code, position
+NOTATION = re.compile(r"(\w+\.\d+)(?:\.(\d+))?\.(\d+)(?:@(-?\d+))?")  # site, group, code, position
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class Code:
     """One code, such as mlp.1.527@4."""
 
     site: str  # such as "mlp.1"
-    group: int  # the head; 0 elsewhere
+    group: int | None  # the head, or the MLP's group; None where the site has but one codebook
     id: int
     position: int | None = None  # None: everywhere
 
     def __str__(self):
-        head = f".{self.group}" if self.site.startswith("head") else ""
+        group = "" if self.group is None else f".{self.group}"
         place = "" if self.position is None else f"@{self.position}"
-        return f"{self.site}{head}.{self.id}{place}"
+        return f"{self.site}{group}.{self.id}{place}"
 
     @classmethod
     def parse(cls, text, model):
@@ -40,19 +40,28 @@ class Code:
         if not match:
             wanted = "mlp.LAYER.CODE or head.LAYER.HEAD.CODE, and @POSITION for one position"
             raise ValueError(f"{text!r} is not a code: write {wanted}, as in mlp.1.527@4")
-        site, head, number, position = match.groups()
+        site, *numbers = match.groups()
         codebook = codebook_of(model, site, text)
-        if site.startswith("head.") != bool(head):
-            wanted = "write head.LAYER.HEAD.CODE, as in head.0.3.12, for a head, and for it alone"
-            raise ValueError(f"{text}: {wanted}")
+        group, number, position = (None if part is None else int(part) for part in numbers)
+        part = "head" if site.startswith("head.") else "group"
+        if (group is None) != (codebook.groups == 1):
+            several = f"{site}.{part.upper()}.CODE, for it has {codebook.groups} {part}s"
+            wanted = several if codebook.groups > 1 else f"{site}.CODE"
+            raise ValueError(f"{text}: write {wanted}")
         for what, value, n in (
-            ("head", head or 0, codebook.groups),
+            (part, group or 0, codebook.groups),
             ("code", number, codebook.n_codes),
         ):
-            if int(value) >= n:
+            if value >= n:
                 there_are = f"its {what}s are 0 to {n - 1}"
                 raise ValueError(f"{text}: {site} has no {what} {value}; {there_are}")
-        return cls(site, int(head or 0), int(number), None if position is None else int(position))
+        return cls(site, group, number, position)
+
+
+def codes_of(site, codebook):
+    """All codes of a codebook, group by group: G * C of them."""
+    groups = range(codebook.groups) if codebook.groups > 1 else [None]
+    return [Code(site, group, number) for group in groups for number in range(codebook.n_codes)]
 
 
 def codebook_of(model, site, text):
@@ -70,8 +79,9 @@ def codebook_of(model, site, text):
 def record(model):
     """Within the block, the codes that the last sequences chose: {"mlp.1": ids (B, T, G, k), ...}.
 
-    G is the number of heads at the site head, else 1; best first. Passes with a cache are joined.
-    So codes["head.0"][0, 5, 3] is what head 3 of layer 0 chose at position 5 of the first: (k,).
+    G is the number of heads, or of an MLP's groups, else 1; in the order of choice, the strongest
+    first. Passes with a cache are joined. So codes["head.0"][0, 5, 3] is what head 3 of layer 0
+    chose at position 5 of the first sequence: (k,).
     """
     codes = {}
 
@@ -101,7 +111,7 @@ def force(model, codes, position=None):
     position  of the codes that name none themselves; None: everywhere
 
     If a forced code is chosen already nothing changes, to the last bit; else it takes the place of
-    the weakest of the k chosen that is not forced itself. Blocks nest. ValueError for codes that
+    the last of the k chosen that is not forced itself. Blocks nest. ValueError for codes that
     don't exist; when the model runs, for more than k at a place; and on leaving the block, for a
     position that was never reached.
     """
@@ -109,9 +119,10 @@ def force(model, codes, position=None):
 
 
 def block(model, codes, position=None):
-    """Within the block, these codes are never chosen: the next best take their slots.
+    """Within the block, these codes are never chosen: the choice is made as if they weren't there.
 
-    Arguments as for `force`.
+    So the next best take their slots; where none of them was chosen nothing changes, to the last
+    bit. Arguments as for `force`.
     """
     return _edit(model, codes, position, "blocked")
 
@@ -157,38 +168,45 @@ class _Control:
         places = {edit: edit.where(self.model, a) for edit in self.edits}
         forced = {edit: place for edit, place in places.items() if edit.kind == "forced"}
         blocked = {edit: place for edit, place in places.items() if edit.kind == "blocked"}
-        ids = self.search_around(a, blocked)
+        ids = self.choose_again(a, self.codebook.search(a), blocked)
         ids = self.put_in(ids, forced)
         for edit, place in blocked.items():
             if (place & (ids == edit.ids)).any():
                 raise ValueError(f"{edit.name} is both forced and blocked")
         return ids
 
-    def search_around(self, a, blocked):
-        """Searches for one more code for each that is blocked, and moves those to the end."""
-        k = self.codebook.k
-        n_others = self.codebook.n_codes - k
-        ids = self.codebook.search(a, extra=min(len(blocked), n_others))  # (B, T, G, k + extra)
-        bad = torch.zeros_like(ids, dtype=torch.bool)
+    def choose_again(self, a, ids, blocked):
+        """Wherever a blocked code was chosen, all codes are chosen anew, without it."""
+        hit = torch.zeros(ids.shape[:-1], dtype=torch.bool, device=a.device)  # (B, T, G)
         for edit, place in blocked.items():
-            bad |= place & (ids == edit.ids)
-            if (bad.sum(-1) > ids.shape[-1] - k).any():
-                raise ValueError(f"{edit.name}: at most {n_others} codes can be blocked at a site")
-        return ids.gather(-1, bad.sort(dim=-1, stable=True).indices)[..., :k]
+            hit |= (place & (ids == edit.ids)).any(-1)
+        at = hit.any(-1)  # (B, T), n of them true
+        if not at.any():
+            return ids
+        numbers = torch.arange(self.codebook.n_codes, device=a.device)
+        never = torch.zeros(1, dtype=torch.bool, device=a.device)
+        for edit, place in blocked.items():
+            never = never | (place & (numbers == edit.ids)).expand(*hit.shape, -1)[at]  # (n, G, C)
+            if ((~never).sum(-1) < self.codebook.k).any():
+                most = self.codebook.n_codes - self.codebook.k
+                raise ValueError(f"{edit.name}: at most {most} codes can be blocked at a site")
+        again = ids.clone()
+        again[at] = self.codebook.search(a[at], never)
+        return again.where(hit.unsqueeze(-1), ids)
 
     def put_in(self, ids, forced):
-        """Each forced code that is absent takes the place of the weakest that is not forced."""
+        """Each forced code that is absent takes the place of the last that is not forced."""
         held = torch.zeros_like(ids, dtype=torch.bool)  # slots of forced codes
         for edit, place in forced.items():
             held |= place & (ids == edit.ids)
         slots = torch.arange(self.codebook.k, device=ids.device)
         for edit, place in forced.items():
             absent = place & ~(ids == edit.ids).any(-1, keepdim=True)
-            weakest = slots.where(~held, -1).amax(-1, keepdim=True)  # -1: all are held
-            if (absent & (weakest < 0)).any():
+            last = slots.where(~held, -1).amax(-1, keepdim=True)  # -1: all are held
+            if (absent & (last < 0)).any():
                 most = self.codebook.k
                 raise ValueError(f"{edit.name}: at most {most} codes can be forced at a site")
-            put = absent & (slots == weakest)
+            put = absent & (slots == last)
             ids = edit.ids.where(put, ids)
             held |= put
         return ids
@@ -223,7 +241,7 @@ def _read_names(model, codes, position):
         codebook = model.codebooks()[code.site]
         device = codebook.codes.device
         ids = torch.full((1, 1, codebook.groups, 1), -1, device=device)
-        ids[0, 0, code.group] = code.id
+        ids[0, 0, code.group or 0] = code.id
         where = position if code.position is None else code.position
         yield codebook, text, ids, where
 

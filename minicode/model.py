@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minicode.codebook import Codebook
+from minicode.codebook import SELECTIONS, Codebook
 from minicode.runtime.arguments import SIMILARITIES
 from minicode.runtime.options import check_options, option
 
@@ -37,7 +37,21 @@ class GPTConfig:
     )
     n_codes: int = option(960, "codes in a codebook", least=1)
     n_codes_head: int = option(16, "codes in the codebook of one head", least=1)
-    k: int = option(1, "codes chosen at a site and position", least=1)
+    k: int = option(1, "codes chosen at a site and position, by each codebook", least=1)
+    k_head: int = option(0, "the same at the attention heads alone; 0: as --k", least=0)
+    k_mlp: int = option(0, "the same at the MLPs alone, for each group; 0: as --k", least=0)
+    groups_mlp: int = option(
+        1,
+        "groups of an MLP's codebook: its output is cut into so many parts, each with codes of its "
+        "own (the paper's MLPs: 16 groups with k = 8, or one with k = 100)",
+        least=1,
+    )
+    selection: str = option(
+        "pursuit",
+        "how k codes are chosen: pursuit, each next one for what is left over by those before it; "
+        "or, as in the paper, the k nearest. The same for k = 1",
+        choices=SELECTIONS,
+    )
     similarity: str = option(
         "distance",
         "what a code is chosen by: distance, dot or, as in the paper, cosine",
@@ -61,15 +75,22 @@ class GPTConfig:
         check_options(self)
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        if self.n_embd % self.groups_mlp:
+            among = f"n_embd ({self.n_embd}) must be a multiple of groups_mlp ({self.groups_mlp})"
+            raise ValueError(among)
         self.sites()
 
-    def codebook(self, site, dim, groups=1):
-        """The codebook of a site, or nothing at all."""
+    def codebook(self, site, dim):
+        """The codebook of a site of so many dimensions, or nothing at all."""
         if site not in self.sites():
             return nn.Identity()
-        n_codes = self.n_codes_head if site == "head" else self.n_codes
-        how = (self.similarity, self.layer_norm)
-        return Codebook(n_codes, dim // groups, self.k, groups, *how)
+        n_codes, k, groups = self.n_codes, self.k, 1
+        if site == "head":
+            n_codes, k, groups = self.n_codes_head, self.k_head or self.k, self.n_head
+        elif site in ("mlp_mid", "mlp"):
+            k, groups = self.k_mlp or self.k, self.groups_mlp
+        how = (self.similarity, self.layer_norm, self.selection)
+        return Codebook(n_codes, dim // groups, k, groups, *how)
 
 
 class CausalSelfAttention(nn.Module):
@@ -78,7 +99,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.head_codebook = config.codebook("head", config.n_embd, groups=config.n_head)
+        self.head_codebook = config.codebook("head", config.n_embd)
         self.attn_codebook = config.codebook("attn", config.n_embd)
 
     def forward(self, x, cache=None):

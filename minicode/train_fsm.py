@@ -16,6 +16,7 @@ PRESETS = {
         "n_codes": 1000,
         "n_codes_head": 1000,
         "similarity": "cosine",
+        "selection": "nearest",
         "layer_norm": True,
         "dense_share": 0.0,
         "codebook_lr": 1.0,

@@ -6,26 +6,30 @@ import torch.nn.functional as F
 
 from minicode import Codebook
 from minicode.codebook import perplexity
-from minicode.topk import definition
+from minicode.topk import definition, pursuit_definition
 
 
-def plain(a, codes, k, similarity):
-    """The method in three lines: a (N, G, d), codes (G, C, d)."""
-    _, ids = definition(a.detach().transpose(0, 1), codes.detach(), k, similarity)  # (G, N, k)
+def plain(a, codes, k, similarity, selection):
+    """The method in a few lines: a (N, G, d), codes (G, C, d)."""
+    problem = a.detach().transpose(0, 1), codes.detach(), k, similarity
+    ids = pursuit_definition(*problem)  # (G, N, k)
+    if selection == "nearest":
+        ids = definition(*problem)[1]
     q = torch.stack([codes[g][ids[g]].sum(1) for g in range(len(codes))], dim=1)  # (N, G, d)
     return q, q + (a - a.detach())
 
 
+@pytest.mark.parametrize("selection", ["pursuit", "nearest"])
 @pytest.mark.parametrize("similarity", ["cosine", "distance"])
 @pytest.mark.parametrize(
     "k, groups, layer_norm",
     [(1, 1, False), (1, 4, False), (3, 1, False), (3, 4, False), (3, 2, True)],
 )
 def test_output_losses_and_gradients_equal_autograd_of_the_plain_formula(
-    k, groups, layer_norm, similarity
+    k, groups, layer_norm, similarity, selection
 ):
     torch.manual_seed(0)
-    book = Codebook(11, 6, k, groups, similarity, layer_norm=layer_norm)
+    book = Codebook(11, 6, k, groups, similarity, layer_norm, selection)
     x = torch.randn(5, 7, groups * 6, requires_grad=True)
     weight = torch.randn(5, 7, groups * 6)
     out = book(x)
@@ -35,7 +39,7 @@ def test_output_losses_and_gradients_equal_autograd_of_the_plain_formula(
     a = x.view(35, groups, 6)
     if layer_norm:
         a = (a - a.mean(-1, keepdim=True)) / (a.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
-    q, plain_out = plain(a, book.codes, k, similarity)
+    q, plain_out = plain(a, book.codes, k, similarity, selection)
     torch.testing.assert_close(out.view(35, groups, 6), plain_out)
     torch.testing.assert_close(book.autoencoding, F.mse_loss(q, a))
     plain_loss = (plain_out.view(5, 7, -1) * weight).sum()
@@ -92,21 +96,44 @@ def test_start_with_k_codes_a_choice_sums_to_the_data():
 
 
 @torch.no_grad()
-def test_each_refinement_of_the_start_brings_sums_closer_to_the_data():
+@pytest.mark.parametrize("selection", ["pursuit", "nearest"])
+def test_each_fit_of_the_start_is_the_least_squares_one_and_lowers_the_error(selection):
     torch.manual_seed(0)
     x = torch.randn(2000, 2, 8)
-    book = Codebook(30, 8, k=4, groups=2, similarity="distance").eval()
+    book = Codebook(30, 8, k=4, groups=2, similarity="distance", selection=selection).eval()
     book.start(x.flatten(1), rounds=0)
+    book.codes[1, 7] += 1000.0  # never chosen: it stays
     error = []
-    for _ in range(10):
+    for _ in range(6):
         ids = book.search(x)  # (N, G, k)
-        lack = x - book.sum_codes(ids)
-        error.append(lack.square().mean().item())
-        names_7 = (ids[:, 1] == 7).any(-1)  # where a sum of the second group has code 7
-        wanted = book.codes[1, 7] + lack[names_7, 1].mean(0) / 4
-        book._refine(x)
-        torch.testing.assert_close(book.codes[1, 7], wanted)
-    assert error == sorted(error, reverse=True) and error[-1] < 0.9 * error[0]
+        error.append((x - book.sum_codes(ids)).square().mean().item())
+        chosen = F.one_hot(ids[:, 1], 30).sum(1).float()  # S (N, C) of the second group
+        used = chosen.sum(0) > 0
+        before = book.codes[1].clone()
+        book._fit(x, ridge=0.01)
+        wanted = torch.linalg.lstsq(chosen[:, used], x[:, 1]).solution
+        torch.testing.assert_close(book.codes[1, used], wanted, rtol=0.01, atol=0.01)
+        assert torch.equal(book.codes[1, ~used], before[~used])
+    assert used.sum() == 29
+    assert error == sorted(error, reverse=True) and error[-1] < 0.6 * error[0]
+
+
+def test_pairs_are_counted_in_parts():
+    book = Codebook(9, 2, k=3)
+    ids = torch.randn(50, 9).topk(3).indices
+    chosen = F.one_hot(ids, 9).sum(1)
+    assert torch.equal(book._count_pairs(ids, at_once=7), chosen.T @ chosen)
+
+
+def test_pursuit_rebuilds_better_than_the_nearest():
+    torch.manual_seed(0)
+    x = torch.randn(3000, 8)
+    error = {}
+    for selection in ("pursuit", "nearest"):
+        book = Codebook(64, 8, k=4, similarity="distance", selection=selection).eval()
+        book.start(x, generator=torch.Generator().manual_seed(0))
+        error[selection] = (book(x) - x).square().mean().item()
+    assert error["pursuit"] < 0.6 * error["nearest"]
 
 
 def test_dead_codes_are_revived_with_their_moments():
@@ -128,6 +155,17 @@ def test_dead_codes_are_revived_with_their_moments():
         assert (x.view(-1, 2, 2)[:, 0] == code).all(-1).any()
     assert (moments["exp_avg"][:, 4:] == 0).all() and (moments["exp_avg"][:, :4] == 1).all()
     assert book.usage.sum() == 0
+
+
+@torch.no_grad()
+def test_codes_are_revived_on_what_the_others_leave_for_a_last_one():
+    book = Codebook(3, 2, k=2, similarity="distance")
+    book.codes.data = torch.tensor([[[4.0, 0.0], [0.0, 1.0], [900.0, 900.0]]])
+    x = torch.tensor([[4.0, 3.0]] * 5)  # 4, 0 is chosen first, and 0, 3 is left
+    book(x)
+    assert book.revive(torch.optim.AdamW([book.codes])) == 1
+    assert torch.equal(book.codes[0, 2], torch.tensor([0.0, 3.0]))
+    assert torch.equal(book(x), x)
 
 
 def test_nothing_dead_nothing_changes():
@@ -177,5 +215,7 @@ def test_float32_inside_autocast():
 def test_bad_sizes():
     with pytest.raises(ValueError, match="k must be from 1 to the 4 codes"):
         Codebook(4, 2, k=5)
+    with pytest.raises(ValueError, match="selection must be one of pursuit, nearest, not 'best'"):
+        Codebook(4, 2, selection="best")
     with pytest.raises(ValueError, match="8 codes need as many inputs"):
         Codebook(8, 2).start(torch.randn(7, 2))

@@ -5,8 +5,8 @@ import pytest
 import torch
 from conftest import make_model, make_tokens
 
-from minicode import block, force, record
-from minicode.control import GENERATED, Code
+from minicode import Codebook, block, force, record
+from minicode.control import GENERATED, Code, codes_of
 
 
 def run(model, tokens):
@@ -58,7 +58,7 @@ def test_forcing_another_changes_the_output_by_the_difference_of_the_codes(
     assert torch.equal(exact, codebook.codes[group, new].expand_as(exact))
 
 
-def test_a_forced_code_takes_the_place_of_the_weakest(fsm):
+def test_a_forced_code_takes_the_place_of_the_last(fsm):
     model, tokens = make_model("mlp", k=3), make_tokens(fsm, n=1)
     with record(model) as codes:
         model(tokens)
@@ -73,31 +73,46 @@ def test_a_forced_code_takes_the_place_of_the_weakest(fsm):
     assert chosen(spare) == [best, second, spare]
     assert chosen(spare, other) == [best, other, spare]
     assert chosen(third) == chosen(second, third) == [best, second, third]
-    # The weakest is forced itself: the next one yields. The same where two blocks force them.
+    # The last is forced itself: the one before it yields. The same where two blocks force them.
     assert chosen(spare, third) == [best, spare, third]
     with force(model, f"mlp.0.{third}@5"):
         assert chosen(spare) == [best, spare, third]
 
 
-def test_blocked_codes_never_fire_and_the_next_best_takes_over(fsm):
-    model, tokens = make_model("head,mlp", k=2), make_tokens(fsm)
+@pytest.mark.parametrize("selection", ["pursuit", "nearest"])
+def test_blocked_codes_are_as_if_they_were_not_there(selection, fsm):
+    model, tokens = make_model("head,mlp", k=2, selection=selection), make_tokens(fsm)
     codebook = model.codebooks()["mlp.0"]
     inputs = []
     hook = codebook.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     with record(model) as codes:
         model(tokens)
     hook.remove()
-    ranked = codebook.search(inputs[0].unsqueeze(2), extra=2)  # (B, T, 1, 4)
-    first, third = ranked[0, 3, 0, 0].item(), ranked[0, 3, 0, 2].item()
-    with block(model, [f"mlp.0.{first}", f"mlp.0.{third}"]), record(model) as codes:
+    free = codes["mlp.0"]
+    first = free[0, 3, 0, 0].item()  # the strongest: those after it are chosen anew
+    second = free[1, 2, 0, 1].item()
+    without = [c for c in range(32) if c not in (first, second)]
+    smaller = Codebook(30, 16, k=2, similarity="distance", selection=selection)
+    smaller.codes.data = codebook.codes.data[:, without]
+    wanted = torch.tensor(without)[smaller.search(inputs[0].unsqueeze(2))]
+    with block(model, [f"mlp.0.{first}", f"mlp.0.{second}"]), record(model) as codes:
         model(tokens)
-    assert not ((codes["mlp.0"] == first) | (codes["mlp.0"] == third)).any()
-    assert codes["mlp.0"][0, 3, 0].tolist() == ranked[0, 3, 0, [1, 3]].tolist()
+    assert torch.equal(codes["mlp.0"], wanted)
+    assert not torch.equal(wanted, free)
     with block(model, f"mlp.0.{first}@3"), record(model) as codes:
         model(tokens)
-    assert codes["mlp.0"][0, 3, 0].tolist() == ranked[0, 3, 0, [1, 2]].tolist()
-    others = [p for p in range(8) if p != 3]
-    assert torch.equal(codes["mlp.0"][:, others], ranked[:, others, :, :2])
+    hit = (free == first).any(-1, keepdim=True) & (torch.arange(8) == 3).view(1, 8, 1, 1)
+    assert not (codes["mlp.0"][:, 3] == first).any()
+    assert torch.equal(codes["mlp.0"].masked_fill(hit, 0), free.masked_fill(hit, 0))
+
+
+def test_blocking_what_is_not_chosen_changes_nothing_to_the_last_bit(fsm):
+    model, tokens = make_model("mlp", k=2), make_tokens(fsm, n=1)
+    with record(model) as codes:
+        before = model(tokens)[0]
+    idle = [c for c in range(32) if not (codes["mlp.0"] == c).any()]
+    with block(model, [f"mlp.0.{c}" for c in idle]):
+        assert torch.equal(model(tokens)[0], before)
 
 
 def test_all_but_k_codes_blocked(fsm):
@@ -176,6 +191,28 @@ def test_record_joins_cached_passes_and_begins_anew_without(fsm):
     assert all(torch.equal(codes[name], cached[name]) for name in codes)
 
 
+def test_groups_of_an_mlp(fsm):
+    model = make_model("head,mlp", k=3, k_head=1, k_mlp=2, groups_mlp=4)
+    with record(model) as codes:
+        model(make_tokens(fsm))
+    assert codes["head.0"].shape == (3, 8, 2, 1)
+    assert codes["mlp.1"].shape == (3, 8, 4, 2)
+    assert str(Code.parse("mlp.1.3.31@2", model)) == "mlp.1.3.31@2"
+    with force(model, "mlp.1.3.31@2"), record(model) as forced:
+        model(make_tokens(fsm))
+    assert (forced["mlp.1"][:, 2, 3] == 31).any(-1).all()
+    assert torch.equal(forced["mlp.1"][:, 2, :3], codes["mlp.1"][:, 2, :3])
+    for text, words in (
+        ("mlp.1.31", "write mlp.1.GROUP.CODE, for it has 4 groups"),
+        ("mlp.1.4.31", "mlp.1 has no group 4; its groups are 0 to 3"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Code.parse(text, model)
+    names = [str(code) for code in codes_of("mlp.1", model.codebooks()["mlp.1"])]
+    assert len(names) == 4 * 32
+    assert names[33] == "mlp.1.1.1"
+
+
 def test_notation():
     model = make_model()
     for text in ("mlp.1.27", "head.0.1.7", "mlp_mid.0.3@4", "block.1.0@-1"):
@@ -193,7 +230,8 @@ def test_notation():
         ("attn.0.5", "has no codebook at attn.0; it has them at"),
         ("mlp.1.32", "mlp.1 has no code 32; its codes are 0 to 31"),
         ("head.0.2.1", "head.0 has no head 2; its heads are 0 to 1"),
-        ("head.0.5", "head.LAYER.HEAD.CODE"),
+        ("head.0.5", "write head.0.HEAD.CODE, for it has 2 heads"),
+        ("mlp.0.1.5", "write mlp.0.CODE"),
         ({"mlp.1": [[-1]]}, "its codes are 0 to 31, not -1 to -1"),
         ({"head.0": [[1]]}, r"ids must be \(2, k\) or \(B, 2, k\)"),
         ({"mpl.1": [[1]]}, "no codebook at mpl.1"),

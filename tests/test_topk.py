@@ -12,7 +12,7 @@ from minicode import topk_codes
 from minicode.runtime import extension, gpu
 from minicode.runtime.arguments import SIMILARITIES
 from minicode.runtime.precision import float32_throughout
-from minicode.topk import definition, scale_and_offset
+from minicode.topk import definition, pursue, pursuit_definition, scale_and_offset
 
 BACKENDS = ["extension", "pytorch", "extension on cuda", "pytorch on cuda"]
 
@@ -100,6 +100,69 @@ def test_equals_the_definition(n, n_codes, dim, k, similarity, dtype):
     assert ids.dtype == torch.int64
     assert ids.shape == (n, 2, k)
     same_but_for_rounding(x, codes, k, similarity, scores.transpose(0, 1), ids.transpose(0, 1))
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n, n_codes, dim, k", [(300, 64, 16, 8), (9, 200, 5, 4), (5, 7, 3, 7)])
+def test_pursuit_equals_its_definition(n, n_codes, dim, k, similarity, dtype):
+    """By the Gram matrix where there are many rows, by searching again where there are few."""
+    torch.manual_seed(0)
+    x = torch.randn(2, n, dim).to(dtype)
+    codes = torch.randn(2, n_codes, dim).to(dtype)
+    ids = pursue(x.transpose(0, 1), codes, k, similarity)
+    assert ids.dtype == torch.int64
+    assert ids.shape == (n, 2, k)
+    ids = ids.transpose(0, 1)
+    assert (ids.sort(-1).values.diff(dim=-1) > 0).all()  # no code twice
+    wanted = pursuit_definition(x, codes, k, similarity)
+    assert (ids == wanted).all(-1).float().mean() > 0.99  # but for near ties
+    assert torch.equal(pursue(x[0], codes[0], k, similarity), ids[0])
+
+
+def test_pursuit_step_by_step():
+    codes = torch.tensor([[3.0, 0.0], [2.0, 0.0], [0.0, 1.0], [0.0, 1.0], [-1.0, 0.0]])
+    x = torch.tensor([[3.0, 1.0], [2.0, 0.0]])
+    # 3, 1: code 0 leaves 0, 1, which are codes 2 and 3, of which the lower; nothing is left, to
+    # which 3 and 4 are as near. 2, 0: code 1 leaves nothing, code 2 leaves 0, -1: nearest is 4.
+    assert pursue(x, codes, 3, "distance").tolist() == [[0, 2, 3], [1, 2, 4]]
+    blocked = torch.zeros(2, 5, dtype=torch.bool)
+    blocked[0, 0] = True  # then code 1, and 1, 1 is left
+    assert pursue(x, codes, 2, "distance", blocked).tolist() == [[1, 2], [1, 2]]
+    assert topk_codes(x, codes, 2, "distance")[1].tolist() == [[0, 1], [1, 0]]
+    assert topk_codes(x, codes, 2, "distance", blocked)[1].tolist() == [[1, 2], [1, 0]]
+
+
+@pytest.mark.parametrize("n, k", [(50, 3), (2, 3)])
+def test_pursuit_among_what_is_not_blocked(n, k):
+    torch.manual_seed(0)
+    x = torch.randn(n, 2, 6)
+    codes = torch.randn(2, 40, 6)
+    blocked = torch.rand(n, 2, 40) < 0.5
+    ids = pursue(x, codes, k, "cosine", blocked)
+    assert not blocked.gather(-1, ids).any()
+    for row, group in ((0, 0), (1, 1)):
+        free = (~blocked[row, group]).nonzero().flatten()
+        alone = pursuit_definition(x[None, None, row, group], codes[None, group, free], k, "cosine")
+        assert torch.equal(ids[row, group], free[alone.flatten()])
+
+
+def test_pursuit_of_what_is_no_number():
+    codes = torch.randn(9, 4)
+    for value in (torch.nan, torch.inf, -torch.inf, 3e38):
+        for table in (codes, codes * value):
+            for n in (1, 30):
+                ids = pursue(torch.full((n, 4), value), table, 5, "distance")
+                assert ((ids >= 0) & (ids < 9)).all()
+                assert (ids.sort(-1).values.diff(dim=-1) > 0).all()
+    assert pursue(torch.empty(0, 4), codes, 3).shape == (0, 3)
+
+
+def test_pursuit_of_one_code_is_the_search():
+    x, codes = torch.randn(200, 8), torch.randn(60, 8)
+    for similarity in SIMILARITIES:
+        ids = topk_codes(x, codes, 1, similarity)[1]
+        assert torch.equal(pursue(x, codes, 1, similarity), ids)
 
 
 def test_hundreds_of_random_shapes():
@@ -342,6 +405,7 @@ def test_opcheck(backend, n_rows, dim, k, similarity):
     x = torch.randn(2, n_rows, dim)
     codes = torch.randn(2, 300, dim)
     torch.library.opcheck(torch.ops.minicode.topk_codes, (x, codes, k, similarity))
+    torch.library.opcheck(torch.ops.minicode.pursue, (x, codes, k, similarity))
     if backend == "extension" and not x.is_cuda:
         kind = SIMILARITIES.index(similarity)
         torch.library.opcheck(torch.ops.minicode_native.topk, (x, codes, k, kind, True))

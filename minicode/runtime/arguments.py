@@ -5,8 +5,8 @@ import torch
 SIMILARITIES = ("cosine", "distance", "dot")  # in the order of csrc/topk.h
 
 
-def check_search(x, codes, k, similarity):
-    """TypeError or ValueError unless x, codes, k and similarity are what topk_codes takes."""
+def check_search(x, codes, k, similarity, blocked=None):
+    """TypeError or ValueError unless these are what topk_codes takes."""
     _check_floats("x", x)
     _check_floats("codes", codes)
     if codes.dim() not in (2, 3):
@@ -26,6 +26,9 @@ def check_search(x, codes, k, similarity):
     if similarity not in SIMILARITIES:
         one_of = ", ".join(SIMILARITIES)
         raise ValueError(f"similarity must be one of {one_of}, not {similarity!r}")
+    if blocked is not None and blocked.shape != (*x.shape[:-1], n_codes):
+        wanted = (*x.shape[:-1], n_codes)
+        raise ValueError(f"blocked must be {wanted}, not {tuple(blocked.shape)}")
 
 
 def _check_floats(name, value):

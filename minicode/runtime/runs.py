@@ -17,7 +17,7 @@ from minicode.model import GPT, GPTConfig
 from minicode.runtime.files import check_tensors, figures, read_json, read_tensors, reading, write
 from minicode.runtime.options import option
 
-VERSION = 4  # of the files in a run's folder
+VERSION = 5  # of the files in a run's folder
 # By minicode.interpret:
 MADE_LATER = ("interpret.json", "report.html")
 FILES = (

@@ -42,8 +42,10 @@ def demonstrate(run, args):
     steered = model.generate(tokens, n_new - fsm.digits, *how, generator)
     forced = []
     for site, ids in chosen(model, fsm.runs([b])).items():
-        for group, own in enumerate(ids[0].tolist()):
-            forced += [str(Code(site, group, number, length - 1)) for number in own]
+        own = ids[0].tolist()  # by group
+        groups = range(len(own)) if len(own) > 1 else [None]
+        for group, numbers in zip(groups, own):
+            forced += [str(Code(site, group, number, length - 1)) for number in numbers]
     return {
         "prompt": fsm.name(a),
         "state": fsm.name(b),

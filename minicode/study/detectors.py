@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from minicode.codebook import perplexity
-from minicode.control import Code, chosen, force, record
+from minicode.control import chosen, codes_of, force, record
 from minicode.model import evaluating
 
 
@@ -39,8 +39,9 @@ class Recording:
         for site, codebook in self.model.codebooks().items():
             for group in range(codebook.groups if codebook.enabled else 0):
                 self.columns += [(site, group)] * codebook.k
-                first += [len(self.names)] * codebook.k
-                self.names += [Code(site, group, i) for i in range(codebook.n_codes)]
+                first += [len(self.names) + group * codebook.n_codes] * codebook.k
+            if codebook.enabled:
+                self.names += codes_of(site, codebook)
         self.fired = codes.reshape(-1, len(first)) + first
         self.count = np.bincount(self.fired.ravel(), minlength=len(self.names))
         by_code = np.argsort(self.fired, axis=None, kind="stable") // len(first)
