@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from minicode.runtime import processes
-from minicode.topk import pursue, topk_codes
-
-SELECTIONS = ("pursuit", "nearest")
+from minicode.runtime.arguments import SELECTIONS, check_one_of
+from minicode.topk import topk_codes
 
 
 class Codebook(nn.Module):
@@ -49,9 +48,7 @@ class Codebook(nn.Module):
         super().__init__()
         if not 1 <= k <= n_codes:
             raise ValueError(f"k must be from 1 to the {n_codes} codes of the codebook, not {k}")
-        if selection not in SELECTIONS:
-            one_of = ", ".join(SELECTIONS)
-            raise ValueError(f"selection must be one of {one_of}, not {selection!r}")
+        check_one_of("selection", selection, SELECTIONS)
         self.n_codes = n_codes
         self.dim = dim
         self.k = k
@@ -94,9 +91,7 @@ class Codebook(nn.Module):
 
         blocked: bool (..., G, C), the codes that must not be chosen, if any.
         """
-        if self.selection == "pursuit":
-            return pursue(a, self.codes, self.k, self.similarity, blocked)
-        return topk_codes(a, self.codes, self.k, self.similarity, blocked)[1]
+        return topk_codes(a, self.codes, self.k, self.similarity, self.selection, blocked)[1]
 
     def sum_codes(self, ids):
         """q (..., G, d) for ids (..., G, k)."""

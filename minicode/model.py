@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minicode.codebook import SELECTIONS, Codebook
-from minicode.runtime.arguments import SIMILARITIES
+from minicode.codebook import Codebook
+from minicode.runtime.arguments import SELECTIONS, SIMILARITIES
 from minicode.runtime.options import check_options, option
 
 # In the order in which a block runs through them.

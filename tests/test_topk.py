@@ -12,7 +12,7 @@ from minicode import topk_codes
 from minicode.runtime import extension, gpu
 from minicode.runtime.arguments import SIMILARITIES
 from minicode.runtime.precision import float32_throughout
-from minicode.topk import definition, pursue, pursuit_definition, scale_and_offset
+from minicode.topk import definition, pursuit_definition, scale_and_offset
 
 BACKENDS = ["extension", "pytorch", "extension on cuda", "pytorch on cuda"]
 
@@ -35,6 +35,10 @@ def backend(request, monkeypatch):
             monkeypatch.setattr(gpu, "serves", lambda x, k: k <= 32)
     with torch.device("cuda") if device == "cuda" else nullcontext():
         yield name
+
+
+def pursue(x, codes, k, similarity="cosine", blocked=None):
+    return topk_codes(x, codes, k, similarity, "pursuit", blocked)[1]
 
 
 SHAPES = [  # N, C, d, k
@@ -130,7 +134,7 @@ def test_pursuit_step_by_step():
     blocked[0, 0] = True  # then code 1, and 1, 1 is left
     assert pursue(x, codes, 2, "distance", blocked).tolist() == [[1, 2], [1, 2]]
     assert topk_codes(x, codes, 2, "distance")[1].tolist() == [[0, 1], [1, 0]]
-    assert topk_codes(x, codes, 2, "distance", blocked)[1].tolist() == [[1, 2], [1, 0]]
+    assert topk_codes(x, codes, 2, "distance", blocked=blocked)[1].tolist() == [[1, 2], [1, 0]]
 
 
 @pytest.mark.parametrize("n, k", [(50, 3), (2, 3)])
@@ -405,7 +409,7 @@ def test_opcheck(backend, n_rows, dim, k, similarity):
     x = torch.randn(2, n_rows, dim)
     codes = torch.randn(2, 300, dim)
     torch.library.opcheck(torch.ops.minicode.topk_codes, (x, codes, k, similarity))
-    torch.library.opcheck(torch.ops.minicode.pursue, (x, codes, k, similarity))
+    torch.library.opcheck(torch.ops.minicode.topk_codes, (x, codes, k, similarity, "pursuit"))
     if backend == "extension" and not x.is_cuda:
         kind = SIMILARITIES.index(similarity)
         torch.library.opcheck(torch.ops.minicode_native.topk, (x, codes, k, kind, True))

@@ -3,9 +3,10 @@
 import torch
 
 SIMILARITIES = ("cosine", "distance", "dot")  # in the order of csrc/topk.h
+SELECTIONS = ("pursuit", "nearest")
 
 
-def check_search(x, codes, k, similarity, blocked=None):
+def check_search(x, codes, k, similarity, selection, blocked):
     """TypeError or ValueError unless these are what topk_codes takes."""
     _check_floats("x", x)
     _check_floats("codes", codes)
@@ -23,12 +24,16 @@ def check_search(x, codes, k, similarity, blocked=None):
     n_codes = codes.shape[-2]
     if not 1 <= k <= n_codes:
         raise ValueError(f"k must be from 1 to the {n_codes} codes of the codebook, not {k}")
-    if similarity not in SIMILARITIES:
-        one_of = ", ".join(SIMILARITIES)
-        raise ValueError(f"similarity must be one of {one_of}, not {similarity!r}")
+    check_one_of("similarity", similarity, SIMILARITIES)
+    check_one_of("selection", selection, SELECTIONS)
     if blocked is not None and blocked.shape != (*x.shape[:-1], n_codes):
         wanted = (*x.shape[:-1], n_codes)
         raise ValueError(f"blocked must be {wanted}, not {tuple(blocked.shape)}")
+
+
+def check_one_of(name, value, values):
+    if value not in values:
+        raise ValueError(f"{name} must be one of {', '.join(values)}, not {value!r}")
 
 
 def _check_floats(name, value):

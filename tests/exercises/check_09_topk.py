@@ -49,7 +49,7 @@ def test_it_learns_what_a_codebook_can_not():
     which = torch.rand(5120, 64).topk(4).indices
     amount = 0.5 + torch.rand(5120, 4, 1)
     train, test = (amount * directions[which]).sum(1).split((4096, 1024))
-    codebook = Codebook(64, 32, k=4, similarity="distance")
+    codebook = Codebook(64, 32, k=4, similarity="distance", selection="nearest")
     topk = TopK(64, 32, k=4)
     codebook.start(train)
     theirs = unexplained(codebook, train, test)

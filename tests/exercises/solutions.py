@@ -58,7 +58,7 @@ def effect(model, tokens, code):
             log_p = model(tokens)[0].log_softmax(-1)  # (B, T, vocab_size)
         with block(model, code):
             log_without = model(tokens)[0].log_softmax(-1)
-    fires = (codes[where.site][:, :, where.group] == where.id).any(-1)  # (B, T)
+    fires = (codes[where.site][:, :, where.group or 0] == where.id).any(-1)  # (B, T)
     kl = (log_p.exp() * (log_p - log_without)).sum(-1)  # (B, T)
     return kl[fires].mean().item() if fires.any() else 0.0
 
