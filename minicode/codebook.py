@@ -95,8 +95,12 @@ class Codebook(nn.Module):
 
     def sum_codes(self, ids):
         """q (..., G, d) for ids (..., G, k)."""
+        return self._sum(self.codes, ids)
+
+    def _sum(self, table, ids):
+        """Sums of rows of table (G, C, d), by ids (..., G, k): (..., G, d)."""
         rows = self._rows(ids).flatten(0, -2)
-        q = F.embedding_bag(rows, self.codes.view(-1, self.dim), mode="sum")
+        q = F.embedding_bag(rows, table.view(-1, self.dim), mode="sum")
         return q.view(*ids.shape[:-1], self.dim)
 
     def pass_on(self, a, q):
@@ -170,27 +174,24 @@ class Codebook(nn.Module):
         self.usage.zero_()
         processes.take_from_first(self)
 
-    def _fit(self, a, ridge=1.0):
-        """Sets the codes to those that rebuild a (N, G, d) best, chosen as they are now.
+    def _fit(self, a):
+        """Moves the codes towards those that rebuild a (N, G, d) best, chosen as they are now.
 
-        Least squares: with S (N, C) how often each code is chosen, (SᵀS + ridge) E = Sᵀa, a group
-        at a time. It is solved for the change of E, so that a code that is not chosen stays.
+        Least squares: with S (N, C) how often each code is chosen, (SᵀS + 1) move = Sᵀ(a - SE), a
+        group at a time; by five steps of conjugate gradients, for which SᵀS need not be stored.
         """
         ids = self.search(a)  # (N, G, k)
-        _, lack = self._gather(ids, a - self.sum_codes(ids))  # Sᵀ(a - SE): (G, C, d)
-        for group, codes in enumerate(self.codes):
-            together = self._count_pairs(ids[:, group]).to(codes)
-            together.diagonal().add_(ridge)
-            codes += torch.cholesky_solve(lack[group], torch.linalg.cholesky(together))
-
-    def _count_pairs(self, ids, at_once=1 << 16):
-        """How often each two codes are chosen together, by ids (N, k) of one group: (C, C)."""
-        n = self.n_codes
-        count = torch.zeros(n * n, dtype=torch.int64, device=ids.device)
-        for part in ids.split(at_once):
-            pairs = n * part.unsqueeze(-1) + part.unsqueeze(-2)  # (n, k, k)
-            count += torch.bincount(pairs.flatten(), minlength=n * n)
-        return count.view(n, n)
+        _, lack = self._gather(ids, a - self.sum_codes(ids))  # (G, C, d)
+        towards = lack
+        for _ in range(5):
+            _, pull = self._gather(ids, self._sum(towards, ids))
+            pull += towards
+            error = lack.square().sum(1, keepdim=True)  # (G, 1, d): each dimension goes its own way
+            length = error / (towards * pull).sum(1, keepdim=True).clamp_min(1e-30)
+            self.codes += length * towards
+            lack = lack - length * pull
+            turn = lack.square().sum(1, keepdim=True) / error.clamp_min(1e-30)
+            towards = lack + turn * towards
 
     def _gather(self, ids, values):
         """How often ids (N, G, k) name each code, and the sum of values (N, G, d) where they do.

@@ -9,12 +9,14 @@ PRESETS = {
     "default": {
         "codebooks": "head",
         "k": 8,
-        "n_codes_head": 128,
+        "n_codes_head": 512,
         "n_layer": 2,
         "n_embd": 128,
         "n_head": 4,
         "steps": 3000,
         "eval_every": 500,
+        # Late: with codebooks from half way on, codes die on real text.
+        "dense_share": 0.8334,
         # At 5, as on TokFSM, layer 1's activations crowd around a few codes: 30 % dead.
         "commitment": 0.5,
     },

@@ -97,7 +97,7 @@ def test_start_with_k_codes_a_choice_sums_to_the_data():
 
 @torch.no_grad()
 @pytest.mark.parametrize("selection", ["pursuit", "nearest"])
-def test_each_fit_of_the_start_is_the_least_squares_one_and_lowers_the_error(selection):
+def test_each_fit_of_the_start_is_near_least_squares_and_lowers_the_error(selection):
     torch.manual_seed(0)
     x = torch.randn(2000, 2, 8)
     book = Codebook(30, 8, k=4, groups=2, similarity="distance", selection=selection).eval()
@@ -110,19 +110,16 @@ def test_each_fit_of_the_start_is_the_least_squares_one_and_lowers_the_error(sel
         chosen = F.one_hot(ids[:, 1], 30).sum(1).float()  # S (N, C) of the second group
         used = chosen.sum(0) > 0
         before = book.codes[1].clone()
-        book._fit(x, ridge=0.01)
-        wanted = torch.linalg.lstsq(chosen[:, used], x[:, 1]).solution
-        torch.testing.assert_close(book.codes[1, used], wanted, rtol=0.01, atol=0.01)
+        book._fit(x)
+        best = torch.linalg.lstsq(chosen[:, used], x[:, 1]).solution
+        least = (chosen[:, used] @ best - x[:, 1]).square().mean()
+        rest = [
+            (chosen @ codes - x[:, 1]).square().mean() - least for codes in (before, book.codes[1])
+        ]
+        assert rest[1] < 0.05 * rest[0] + 1e-4
         assert torch.equal(book.codes[1, ~used], before[~used])
     assert used.sum() == 29
     assert error == sorted(error, reverse=True) and error[-1] < 0.6 * error[0]
-
-
-def test_pairs_are_counted_in_parts():
-    book = Codebook(9, 2, k=3)
-    ids = torch.randn(50, 9).topk(3).indices
-    chosen = F.one_hot(ids, 9).sum(1)
-    assert torch.equal(book._count_pairs(ids, at_once=7), chosen.T @ chosen)
 
 
 def test_pursuit_rebuilds_better_than_the_nearest():
