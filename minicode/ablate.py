@@ -1,8 +1,11 @@
-"""python -m minicode.ablate: every idea that we tried on TokFSM, over three seeds, as one table.
+"""python -m minicode.ablate [TABLE]: what we tried, over three seeds, as one table.
 
-An idea is the default with some flags, or with a few lines of it replaced. Half as many steps as
-the default, so that the whole takes 75 minutes on one core; stopped, it goes on with the run it
-was at.
+fsm    ideas on TokFSM (the default)
+text   how k codes are chosen and started, on stories or on a text of your own
+paper  the paper's Table 1
+
+A row is a default with some flags, or with a few lines of it replaced. Stopped, it goes on with the
+run it was at.
 """
 
 import json
@@ -18,65 +21,92 @@ from minicode.runtime.files import write
 from minicode.runtime.options import Parser
 from minicode.runtime.runs import load_run
 from minicode.study.demonstration import controls
-from minicode.study.ideas import IDEAS, REPLACED
+from minicode.study.ideas import TABLES
 from minicode.train_fsm import main as train_fsm
+from minicode.train_text import main as train_text
 
-COLUMNS = ("loss", "transition_accuracy", "dead_code_fraction", "control_mlp")
-HEAD = """\
-| idea | loss | transition accuracy | dead codes | control, MLPs |
-|---|---|---|---|---|"""
+COMMANDS = {"train_fsm": train_fsm, "train_text": train_text}
 
 
 def main(argv=None):
-    parser = Parser("ablate", __doc__)
-    which = f"which (default: all): {', '.join(IDEAS)}"
-    where = "folder of the runs (default: %(default)s)"
-    parser.add_argument("ideas", nargs="*", metavar="IDEA", help=which)
-    parser.add_argument("--out", type=Path, default=Path("runs/ablate"), help=where)
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of each (default: 3)")
-    parser.add_argument("--steps", type=int, default=2000, help="training steps (default: 2000)")
+    parser = make_parser()
     args = parser.parse_args(argv)
-    for idea in args.ideas:
-        if idea not in IDEAS:
-            parser.error(f"there is no idea {idea!r}; there are: {', '.join(IDEAS)}")
+    table = TABLES[args.table]
+    for idea in args.only or []:
+        if idea not in table.rows:
+            parser.error(f"there is no idea {idea!r}; there are: {', '.join(table.rows)}")
     if args.seeds < 1:
         parser.error("--seeds must be at least 1")
-
-    lines = [HEAD]
-    for idea in args.ideas or IDEAS:
+    if args.data and args.table != "text":
+        parser.error("--data goes with the table text alone")
+    steps = table.steps if args.steps is None else args.steps
+    lines = head(table)
+    for idea in args.only or table.rows:
         results = []
         for seed in range(args.seeds):
-            folder = args.out / f"{idea.replace(' ', '-')}-{seed}"
-            results.append(result(idea, folder, args.steps, seed))
-        lines.append(row(idea, results))
+            folder = args.out / args.table / f"{idea.replace(' ', '-')}-{seed}"
+            flags = f"--steps {steps} --eval-every {max(1, steps // 20)} --seed {seed}".split()
+            flags += table.rows[idea].split()
+            if args.data:
+                flags += ["--data", args.data]
+            results.append(result(table, idea, folder, flags))
+        lines.append(row(table, idea, results))
     print("\n".join(lines))
 
 
-def row(idea, results):
+def make_parser():
+    parser = Parser("ablate", __doc__)
+    flag = parser.add_argument
+    about = "; ".join(f"{name}: {table.about}" for name, table in TABLES.items())
+    flag("table", nargs="?", choices=TABLES, default="fsm", metavar="TABLE", help=about)
+    flag("--only", nargs="+", metavar="IDEA", help="these rows (default: all)")
+    flag("--data", metavar="FILE", help="of the table text: your own (default: stories)")
+    out = Path("runs/ablate")
+    flag("--out", type=Path, default=out, help="folder of the runs (default: %(default)s)")
+    flag("--seeds", type=int, default=3, help="seeds of each (default: 3)")
+    flag("--steps", type=int, help="training steps (default: the table's)")
+    return parser
+
+
+def head(table):
+    """The first lines of a table."""
+    names = ["idea", *(name.replace("_", " ") for name in table.columns)]
+    if table.theirs:
+        names.append("the paper's")
+    return [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+
+
+def row(table, idea, results):
     """A row of the table: mean, lowest and highest of each figure."""
-    cells = [f"{idea} `{IDEAS[idea]}`" if IDEAS[idea] else idea]
-    for name in COLUMNS:
-        values = [result[name] for result in results]
-        cells.append(f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+    flags = table.rows[idea]
+    cells = [f"{idea} `{flags}`" if flags else idea]
+    for name in table.columns:
+        values = [result[name] for result in results if name in result]
+        cell = "-"
+        if values:
+            cell = f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+        cells.append(cell)
+    if table.theirs:
+        cells.append(table.theirs.get(idea, "-"))
     return f"| {' | '.join(cells)} |"
 
 
-def result(idea, folder, steps, seed):
+def result(table, idea, folder, flags):
     """The figures of an idea, which is trained in this folder unless it was."""
     path = folder / "ablation.json"
     if path.exists():
         figures = json.loads(path.read_text())
-        if figures["step"] == steps:
+        if figures["flags"] == flags:
             return figures
-    flags = f"--steps {steps} --eval-every {max(1, steps // 20)} --seed {seed} {IDEAS[idea]}"
-    methods = REPLACED.get(idea)
+    methods = table.replaced.get(idea)
     with mock.patch.multiple(Codebook, **methods) if methods else nullcontext():
-        status = train_fsm(["--out", str(folder), "--overwrite", *flags.split()])
+        status = COMMANDS[table.command](["--out", str(folder), "--overwrite", *flags])
         if status:
             raise SystemExit(status)
         run = load_run(folder)
-        steered = controls(run, torch.Generator(), seed=0)
-        figures = {**steered, **run.summary}
+        figures = {"flags": flags, **run.summary}
+        if "control_mlp" in table.columns:
+            figures |= controls(run, torch.Generator(), seed=0)
     write(path, json.dumps(figures))
     return figures
 

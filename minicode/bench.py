@@ -11,7 +11,9 @@ from unittest import mock
 
 import torch
 
+from minicode import train_text
 from minicode.fsm import FSM
+from minicode.language.text import Text
 from minicode.model import GPT
 from minicode.runtime import extension, native
 from minicode.runtime.options import Parser
@@ -30,6 +32,17 @@ SHAPES = [  # groups, N, d, C, k
     (1, 8192, 64, 960, 1),
 ]
 SIDE = 4096  # of the square matmul
+STEPS = {  # of train_fsm: what is changed of its default, and whether the extension searches
+    "dense": ({"codebooks": "none"}, True),
+    "codebooks, PyTorch": ({}, False),
+    "codebooks, extension": ({}, True),
+}
+TEXT_STEPS = {  # of train_text, where k is 8
+    "dense": ({"codebooks": "none"}, True),
+    "nearest, PyTorch": ({"selection": "nearest"}, False),
+    "pursuit, PyTorch": ({"selection": "pursuit"}, False),
+    "nearest, extension": ({"selection": "nearest"}, True),
+}
 
 
 def main(argv=None):
@@ -59,25 +72,20 @@ def bench(device):
         "extension": extension.load()[1],
         "peak_gflops": 2 * SIDE**3 / matmul["lowest"] / 1e6,
         "search": searches,
-        "training_step": bench_steps(device),
+        "training_step": bench_steps(device, FSM(), {}, STEPS),
+        "text_step": bench_steps(device, Text(), train_text.PRESETS["default"], TEXT_STEPS),
     }
 
 
-def bench_steps(device):
-    """A training step of the default preset: dense, and with codebooks, searched in two ways."""
-    fsm = FSM()
-    cases = {
-        "dense": "none",
-        "codebooks, PyTorch": "head,mlp",
-        "codebooks, extension": "head,mlp",
-    }
+def bench_steps(device, data, preset, cases):
+    """Training steps with a preset, {name: time}; cases: {name: (what is changed, extension?)}."""
     steps = {}
-    for name, sites in cases.items():
-        config = TrainConfig(codebooks=sites)
+    for name, (changes, by_extension) in cases.items():
+        config = TrainConfig(**{**preset, **changes, "vocab_size": data.vocab_size})
         model = GPT(config).to(device)
         optimizer = make_optimizer(model, config)
-        step = partial(train_step, model, model, optimizer, config, config.steps - 1, fsm)
-        if name == "codebooks, PyTorch":
+        step = partial(train_step, model, model, optimizer, config, config.steps - 1, data)
+        if not by_extension:
             step = mock.patch.object(native, "serves", lambda x, k: False)(step)
         steps[name] = step
     times = timed(steps, rounds=21)
@@ -96,9 +104,10 @@ def describe(result):
         for name, method in row["methods"].items():
             rate = f"{method['gflops']:.0f} GFLOP/s ({method['gflops'] / most:.0%} of peak)"
             lines.append(line(name, method, f"{method['times_as_fast']:.2f} x, {rate}"))
-    lines.append("\ntraining step of the default preset")
-    for name, step in result["training_step"].items():
-        lines.append(line(name, step, f"{step['times_dense']:.2f} of dense"))
+    for steps, command in ("training_step", "train_fsm"), ("text_step", "train_text"):
+        lines.append(f"\ntraining step of {command}'s default")
+        for name, step in result[steps].items():
+            lines.append(line(name, step, f"{step['times_dense']:.2f} of dense"))
     return "\n".join(lines)
 
 

@@ -32,6 +32,7 @@ class FSM:
     file = "fsm.json"  # its name in a run's folder
     most_block = math.inf  # tokens in a block, for there is no end to the data
     sample_length = 24  # tokens of a sample
+    topics = ()  # that it can be steered to
     between = "\n"  # samples
     detected = ("state", "bigram")  # what codes are compared with neurons on
     n_states: int = option(100, "states of the machine", least=2, below=10_001)

@@ -4,6 +4,8 @@ python -m minicode.interpret                       every measure: tables and rep
 python -m minicode.interpret --search 'New (York)' the codes that fire where a pattern ends
 python -m minicode.interpret --code mlp.1.527      where a code fires, in context
 python -m minicode.interpret --compare runs/other  do the codes of another run agree?
+python -m minicode.interpret --steer words:king,queen/crown,throne words:war,sword/army,battle
+                                                   every measure; steering of these topics too
 python -m minicode.interpret --picture FILE.svg    a sequence with its codes, and others forced
 """
 
@@ -12,10 +14,10 @@ import sys
 from pathlib import Path
 
 from minicode.control import Code
-from minicode.language import topics
+from minicode.language.topics import BUDGET
 from minicode.runtime.options import Parser
 from minicode.runtime.runs import latest_run, load_run
-from minicode.study.detectors import record_codes
+from minicode.study.detectors import held_out, record_codes
 from minicode.study.lookup import compare, look_up, search
 from minicode.study.picture import picture
 from minicode.study.study import study
@@ -27,7 +29,7 @@ def main(argv=None):
     with parser.user_errors():
         run = load_run(args.run or latest_run())
         run.sites()
-        tokens, kinds = topics.held_out(run)
+        tokens, kinds = held_out(run)
         recording = record_codes(run.model, tokens)
         if args.search is not None:
             result, text = search(run, recording, args.search, args.precision, args.recall)
@@ -38,7 +40,8 @@ def main(argv=None):
         elif args.picture:
             result, text = picture(run, recording, kinds, args.picture)
         else:
-            result, text = study(run, recording, kinds, args.figures)
+            steered = args.steer or [f"topic:{name}" for name in run.data.topics]
+            result, text = study(run, recording, kinds, steered, args.budget, args.figures)
     learnt = run.summary.get("transition_accuracy", 1)
     if learnt < 0.9:
         about = f"{run.folder} has not learnt the machine (transition accuracy {learnt:.2f})"
@@ -59,6 +62,10 @@ def make_parser():
     one_of("--code", help="where this code fires")
     one_of("--compare", type=Path, metavar="FOLDER", help="another run on the same data")
     one_of("--picture", type=Path, metavar="FILE", help="of a run on TokFSM, as SVG")
+    lists = "words that codes are chosen by, and after a slash those that are counted"
+    add("--steer", nargs="+", metavar="TOPIC", help=f"topics of your own text, as above: {lists}")
+    cost = "nats a token that a topic's codes may cost, to the dense model (default: %(default)s)"
+    add("--budget", type=float, default=BUDGET, help=cost)
     add("--figures", type=Path, metavar="FOLDER", help="write the figures there too, as SVG")
     add("--json", action="store_true", help="print the result as JSON")
     return parser

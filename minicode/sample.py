@@ -3,7 +3,8 @@
 --force-code mlp.1.527       the code is active at every generated position
 --force-code mlp.1.527@4     at position 4 alone (position 0 is BOS; -1 is the prompt's last)
 --block-code mlp.1.527       the code is never chosen there; the next best takes its place
---force-code topic:dragon    all codes found for a topic of the stories, or word:king for a word
+--force-code topic:dragon    the codes of a topic of the stories, or word:king for a word, or
+                             words:king,queen/crown,throne for some; chosen by what they do
 --force-code                 alone: the demonstration. A run in one state acts as if in another.
 """
 
@@ -14,12 +15,15 @@ from pathlib import Path
 import torch
 
 from minicode.control import GENERATED, block, force
-from minicode.language.topics import count_mentions, expand
+from minicode.language.topics import BUDGET, codes_of_topic, find_topic, is_topic
 from minicode.runtime.options import Parser
 from minicode.runtime.runs import latest_run, load_run
 from minicode.study import demonstration
 
-LEAST = {"num_samples": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 1, "seed": 0}
+LEAST = {
+    **dict.fromkeys(("num_samples", "max_new_tokens", "top_k"), 1),
+    **dict.fromkeys(("temperature", "budget", "seed"), 0),
+}
 
 
 def main(argv=None):
@@ -52,9 +56,11 @@ def make_parser():
     flag("--top-k", type=int, help="sample from the k most probable tokens only (default: all)")
     flag("--seed", type=int, default=0, help="(default: 0)")
     several = {"action": "append", "default": [], "metavar": "CODE"}
-    active = "keep a code active, or those of topic:NAME or word:WORD, as above; may be repeated"
+    active = "keep a code active, or those of a topic or of words, as above; may be repeated"
     flag("--force-code", nargs="?", const="", help=active, **several)
     flag("--block-code", help="never choose this code, as above; may be repeated", **several)
+    cost = "nats a token that a topic's codes may cost, to the dense model (default: %(default)s)"
+    flag("--budget", type=float, default=BUDGET, help=cost)
     flag("--json", action="store_true", help="print the result as JSON")
     return parser
 
@@ -73,8 +79,11 @@ def check(args):
 
 def sample(run, args):
     """Samples, with codes forced and blocked; with topics or words, samples left alone too."""
-    forced = [code for text in args.force_code for code in expand(run, text)]
-    named = [text for text in args.force_code if ":" in text]  # topics and words
+    topics = {text: find_topic(run, text) for text in args.force_code if is_topic(text)}
+    forced = []
+    for text in args.force_code:
+        forced += codes_of_topic(run, topics[text], args.budget) if text in topics else [text]
+    forced = list(dict.fromkeys(forced))
     prompt = run.data.prompt(args.prompt)
     given = len(run.data.show(prompt[0]))  # characters; what they mention does not count
     room = run.config.block_size + 1 - prompt.shape[1]
@@ -93,11 +102,12 @@ def sample(run, args):
         "forced": forced,
         "blocked": args.block_code,
     }
-    if named:
+    if topics:
         result["samples_free"] = generate([], [])
         for when in ("", "_free"):
             new = [text[given:] for text in result["samples" + when]]
-            result["mentions" + when] = {name: count_mentions(name, new) for name in named}
+            mentions = {name: topic.count(new) for name, topic in topics.items()}
+            result["mentions" + when] = mentions
     return result
 
 
@@ -113,8 +123,8 @@ def describe(run, result):
     of = f"of {len(result['samples'])}"
     for name, n_free in result["mentions_free"].items():
         n_forced = result["mentions"][name]
-        word = name.split(":", 1)[1]
-        text += f"\nmentions {word}: {n_free} {of} left alone, {n_forced} {of} forced"
+        title = find_topic(run, name).title
+        text += f"\nabout {title}: {n_free} {of} left alone, {n_forced} {of} forced"
     return text
 
 

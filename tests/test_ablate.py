@@ -9,7 +9,6 @@ from test_train import refusal
 from minicode import Codebook, ablate
 from minicode.ablate import main
 from minicode.study import ideas
-from minicode.train_fsm import main as train_fsm
 
 
 def test_rotation_hands_on_q_and_turns_the_gradient():
@@ -44,18 +43,23 @@ def test_random_inputs_are_inputs():
             assert (inputs[:, group] == code).all(1).any()
 
 
-def test_every_replaced_method_is_of_an_idea_and_of_codebook():
-    for idea, methods in ideas.REPLACED.items():
-        assert idea in ideas.IDEAS
+ROWS = [(table, idea) for table in ideas.TABLES.values() for idea in table.rows]
+
+
+@pytest.mark.parametrize("table", ideas.TABLES.values())
+def test_what_a_table_replaces_or_compares_are_its_rows_and_of_codebook(table):
+    assert table.rows.keys() >= table.replaced.keys() | table.theirs.keys()
+    for methods in table.replaced.values():
         for name in methods:
             assert hasattr(Codebook, name)
 
 
-@pytest.mark.parametrize("idea", ideas.IDEAS)
-def test_the_flags_of_an_idea_are_flags(idea, tmp_path, capsys):
-    flags = ideas.IDEAS[idea].split()
-    line = refusal(train_fsm, "--out", str(tmp_path), *flags, "--steps", "0", capsys=capsys)
-    assert "steps must be at least 1" in line
+@pytest.mark.parametrize("table, idea", ROWS, ids=lambda part: part if type(part) is str else "")
+def test_the_flags_of_an_idea_are_flags(table, idea, tmp_path, capsys):
+    flags = ["--out", str(tmp_path), *table.rows[idea].split(), "--steps", "0"]
+    assert "steps must be at least 1" in refusal(
+        ablate.COMMANDS[table.command], *flags, capsys=capsys
+    )
 
 
 SMALL = (
@@ -72,22 +76,22 @@ def test_a_table_with_a_method_replaced_is_made_once(tmp_path, monkeypatch, caps
         used.append(self)
         before(self, inputs, generator=generator)
 
-    monkeypatch.setitem(ideas.IDEAS, "a small one", SMALL)
-    monkeypatch.setitem(ideas.REPLACED, "a small one", {"start": start})
-    flags = ["--out", str(tmp_path), "--seeds", "1", "--steps", "2", "a small one"]
+    monkeypatch.setitem(ideas.FSM.rows, "a small one", SMALL)
+    monkeypatch.setitem(ideas.FSM.replaced, "a small one", {"start": start})
+    flags = ["--out", str(tmp_path), "--seeds", "1", "--steps", "2", "--only", "a small one"]
     main(flags)
     assert len(used) == 2  # head and mlp of one layer
     assert Codebook.start is before
     head, rule, row = capsys.readouterr().out.splitlines()[-3:]
-    assert head == "| idea | loss | transition accuracy | dead codes | control, MLPs |"
+    assert head == "| idea | loss | transition accuracy | dead code fraction | control mlp |"
     assert rule == "|---|---|---|---|---|"
-    figures = json.loads((tmp_path / "a-small-one-0" / "ablation.json").read_text())
+    figures = json.loads((tmp_path / "fsm" / "a-small-one-0" / "ablation.json").read_text())
     loss = f"{figures['loss']:.3f}"
     assert row.startswith(f"| a small one `{SMALL}` | {loss} ({loss} to {loss}) | ")
     assert 0 <= figures["control_mlp"] <= 1
     assert figures["step"] == 2
 
-    monkeypatch.setattr(ablate, "train_fsm", lambda argv: pytest.fail("trained again"))
+    monkeypatch.setitem(ablate.COMMANDS, "train_fsm", lambda argv: pytest.fail("trained again"))
     main(flags)
     assert capsys.readouterr().out.splitlines() == [head, rule, row]
 
@@ -95,10 +99,20 @@ def test_a_table_with_a_method_replaced_is_made_once(tmp_path, monkeypatch, caps
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["magic"], "there is no idea 'magic'; there are: the default"),
+        (["--only", "magic"], "there is no idea 'magic'; there are: the default"),
+        (["magic"], "invalid choice: 'magic'"),
+        (["--data", "x.txt"], "--data goes with the table text alone"),
         (["--seeds", "0"], "must be at least 1"),
         (["--steps", "0"], "must be at least 1"),
     ],
 )
 def test_bad_input_ends_in_one_line(flags, words, tmp_path, capsys):
     assert words in refusal(main, "--out", str(tmp_path), *flags, capsys=capsys)
+
+
+def test_the_paper_stands_beside_its_table():
+    figures = {"loss": 1.2, "accuracy": 0.46, "transition_accuracy": 0.97}
+    assert ablate.head(ideas.PAPER)[0].endswith("| dead code fraction | the paper's |")
+    line = ablate.row(ideas.PAPER, "no codebooks", [figures])
+    assert line.startswith("| no codebooks `--codebooks none` | 1.200 (1.200 to 1.200) | 0.460 (")
+    assert line.endswith(" | - | 1.179, 0.4636, 0.9677 |")

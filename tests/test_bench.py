@@ -31,6 +31,7 @@ def test_bench_prints_every_table(small, capsys):
     steps = result["training_step"]
     assert list(steps) == ["dense", "codebooks, PyTorch", "codebooks, extension"]
     assert steps["dense"]["times_dense"] == 1
+    assert {"nearest, PyTorch", "pursuit, PyTorch"} <= result["text_step"].keys()
 
     text = bench.describe(result)
     assert "2 x (80, 4) against 300 codes, k = 2" in text

@@ -12,7 +12,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from minicode import block, force, load_run, record
-from minicode.language import topics
 from minicode.runtime.runs import TrainConfig
 from minicode.runtime.session import make_optimizer
 from minicode.study import detectors as measures
@@ -160,7 +159,7 @@ def test_a_training_step_waits_for_nothing(gpu, fsm, monkeypatch):
 
 def test_interventions_and_measures_mix_no_devices(gpu, tiny_run, monkeypatch):
     monkeypatch.setattr(machine, "N_SEEDS", 2)
-    monkeypatch.setattr(topics, "N_SEQUENCES", 64)
+    monkeypatch.setattr(measures, "N_SEQUENCES", 64)
     run = load_run(tiny_run, GPU)
     generator = torch.Generator(GPU)
     prompt = run.fsm.prompt("11").to(GPU)
@@ -169,7 +168,7 @@ def test_interventions_and_measures_mix_no_devices(gpu, tiny_run, monkeypatch):
         tokens = run.model.generate(prompt, 6, top_k=3, generator=generator)
     assert tokens.device == GPU
     assert codes["mlp.0"].device == GPU
-    tokens, kinds = topics.held_out(run)
+    tokens, kinds = measures.held_out(run)
     recording = measures.record_codes(run.model, tokens)
     measures.codes_against_neurons(run, recording, [kinds["state"]], n_positions=512)
     measures.forced_distributions(recording, np.flatnonzero(recording.count)[:3])

@@ -12,15 +12,17 @@ import pytest
 
 from minicode.ablate import main as ablate
 from minicode.interpret import main as interpret
-from minicode.language import topics
+from minicode.language import steering
 from minicode.sample import main as sample
+from minicode.study import detectors
 from minicode.study import study as study_module
 from minicode.train_fsm import main as train_fsm
 from minicode.train_text import main as train_text
 
 ROOT = Path(__file__).parent.parent
 LITTLE = ["--steps", "2", "--batch-size", "4", "--n-embd", "32", "--n-codes-head", "16", "--k", "2"]
-FIGURES = dict.fromkeys(("before", "after", "random", "perplexity_before", "perplexity_after"), 0.5)
+PRICES = tuple(f"perplexity_{way}" for way in steering.WAYS)
+FIGURES = dict.fromkeys((*steering.WAYS, "in_data", *PRICES), 0.5)
 CODES = ["head.0.0.3", "head.1.2.5"]
 STEERING = {"topics": {"dragon": {**FIGURES, "codes": CODES}}, "mean": FIGURES}
 QUICK = ["--steps", "12", "--batch-size", "64", "--eval-every", "12", "--device", "cpu"]
@@ -83,9 +85,9 @@ COMMANDS = {  # how each is cut short
 @pytest.mark.parametrize("name", ["README.md", "tutorial.md"])
 def test_commands_are_accepted(name, default_run, tmp_path, monkeypatch):
     """Each command as it stands; but training is cut short and goes elsewhere."""
-    monkeypatch.setattr(topics, "N_SEQUENCES", 64)
-    monkeypatch.setattr(topics, "steering_table", lambda *args: STEERING)
-    monkeypatch.setattr(topics, "find_codes", lambda *args: {"dragon": CODES})
+    monkeypatch.setattr(detectors, "N_SEQUENCES", 64)
+    monkeypatch.setattr(steering, "steering_table", lambda *args: STEERING)
+    monkeypatch.setattr("minicode.sample.codes_of_topic", lambda *args: CODES)
     monkeypatch.setattr(
         study_module, "control_study", partial(study_module.control_study, n_pairs=5)
     )

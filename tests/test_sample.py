@@ -118,7 +118,7 @@ def test_every_flag_has_help(capsys):
     with pytest.raises(SystemExit):
         sample(["--help"])
     out = " ".join(capsys.readouterr().out.split())
-    assert "--force-code [CODE] keep a code active, or those of topic:NAME or word:WORD" in out
+    assert "--force-code [CODE] keep a code active, or those of a topic or of words" in out
     assert "--block-code CODE never choose this code" in out
     assert "--list-topics" not in out
 

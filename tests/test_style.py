@@ -55,11 +55,11 @@ def test_code_is_not_dense():
         if tokens[path]:
             assert tokens[path] / len(lines[path]) <= 8.0, path
     total = sum(tokens.values())
-    assert total <= 34_000
+    assert total <= 40_000
     assert total / sum(len(some) for some in lines.values()) <= 7.0
     full = sum(bool(line.strip()) for some in lines.values() for line in some)
     assert total / full <= 8.5
-    assert sum(tokens[ROOT / "minicode" / f"{name}.py"] for name in METHOD) <= 5_800
+    assert sum(tokens[ROOT / "minicode" / f"{name}.py"] for name in METHOD) <= 7_150
 
 
 @pytest.mark.parametrize("folder", ["minicode", "tests"])
@@ -108,4 +108,4 @@ def test_imports_form_a_graph_without_circles_from_the_method_to_the_commands():
 def test_commands_are_a_screen_long():
     for name in COMMANDS:
         text = (ROOT / "minicode" / f"{name}.py").read_text()
-        assert len(text.splitlines()) <= 130, name
+        assert len(text.splitlines()) <= 135, name

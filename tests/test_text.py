@@ -331,7 +331,7 @@ def test_run_on_stories(story_run, story_text):
     assert run.data == story_text
     assert run.tokenizer.decode(run.data.prompt("Once")[0]) == "\n\nOnce"
     summary = run.summary
-    assert summary["dense"]["step"] == 15
+    assert summary["dense"]["step"] == 25
     assert summary["loss_unigram"] == run.data.loss_unigram
     for figures in (summary, summary["dense"]):
         assert figures["perplexity"] == pytest.approx(np.exp(figures["loss"]))
@@ -349,7 +349,7 @@ def test_resumed_run_ends_as_the_unbroken_one(own_file, tmp_path, monkeypatch, c
     flags = ["--data", own_file, *OWN]
     one = train(tmp_path / "a", *flags)
     table = capsys.readouterr().out
-    assert re.search(r"this run +dense, step 15 +unigram\n", table)
+    assert re.search(r"this run +dense, step 25 +unigram\n", table)
     assert re.search(r"\ngain_kept +-?\d", table)
     real = training.train_step
 

@@ -23,6 +23,7 @@ class Stories:
         self.moods = []  # lines and ends of each
         self.topics = {}  # of each its words, beginnings, lines and ends
         self.mention = {}  # of each topic the pattern that mentions it
+        self.about = {}  # and that of other words, which are often about it
         self.lines = {}  # what else there is, such as openings
         for title, body in SECTION.findall(grammar):
             parts = [part.splitlines() for part in body.strip().split("\n\n")]
@@ -30,10 +31,11 @@ class Stories:
             if kind == "mood":
                 self.moods.append(parts)
             elif kind == "topic":
-                topic, pattern = name.split(": ")
+                topic, pattern, about = re.split(": | / ", name)
                 words, *sentences = parts
                 self.topics[topic] = (read_words(words), *sentences)
-                self.mention[topic] = re.compile(rf"\b({pattern})\b", re.I)
+                self.mention[topic] = one_of([pattern])
+                self.about[topic] = one_of(about.split())
             else:
                 self.lines[kind] = parts[0]
         self.words = read_words(self.lines["words"])
@@ -96,6 +98,11 @@ def fill(pattern, words, rng):
         return word if slot == name else word[0].upper() + word[1:]
 
     return SLOT.sub(draw, pattern)
+
+
+def one_of(patterns):
+    """The pattern of a word that is one of these, in any case."""
+    return re.compile(rf"\b({'|'.join(patterns)})\b", re.I)
 
 
 def read_words(lines):

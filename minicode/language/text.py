@@ -158,6 +158,19 @@ class Text:
         """The same of what is never trained on."""
         return self._windows(rng, n, length, held_out=True)[0]
 
+    def passages(self, n, length):
+        """Held-out text (n, length): beginnings of stories, or evenly spaced windows of your own.
+
+        Fewer where these would overlap.
+        """
+        if not self.data:
+            rng = np.random.default_rng(4)
+            return np.concatenate([self.held_out(rng, 1, length) for _ in range(n)])
+        part = self.parts[1]
+        n = min(n, len(part) // length)
+        starts = np.linspace(0, len(part) - length, n).astype(int)
+        return part[starts[:, None] + np.arange(length)].astype(np.int64)
+
     def labelled(self, rng, n, length):
         """Held-out windows (n, length), and {kind: (labels (n, length), names)}, -1 for no label.
 

@@ -1,171 +1,227 @@
-"""Steering language by its codes: those of a topic or a word, and what texts become by them.
+"""The codes of a topic, chosen by what they do: those that make its words more probable.
 
-Paper, section 5.2. A topic's codes are found by their precision and recall on held-out text; forced
-while text is generated, they make it be about the topic.
+Codes that fire where a topic is the subject need not bring it about (paper, section 5.2, chooses
+them so). Here they are chosen one after the other, by measured effect: the code that, forced,
+raises the log-odds of the topic's words most where one of them comes next; then the one that does
+beside the first; and so on, as long as the dense model is surprised by no more than a budget.
+
+topic:dragon                     a topic of the stories, with its two lists of words
+words:king,queen/crown,throne    codes are chosen by king and queen, texts counted by the others
+word:king                        both by one word: what is counted is then what was asked for
 """
 
-import math
+import json
 import re
 from collections import Counter
-from dataclasses import replace
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from minicode.control import GENERATED, Code, force
-from minicode.language.stories import stories
+from minicode.control import codes_of, force
+from minicode.language.stories import one_of, stories
 from minicode.model import evaluating
-from minicode.study.detectors import detect, matches, record_codes
+from minicode.runtime.files import read_json, write
 
-N_SEQUENCES = 512  # that codes are recorded on
-MOST = 12  # codes that are forced in all: more of them are surer, and worse English
-PER_HEAD = 4  # and in one codebook
-NEAR = 16  # a word's codes are those that fire on so many tokens before it
-N_SAMPLES = 10  # texts that continue each of the prompts
-PROMPTS = ("Once upon a time", "One day, a", "Long ago, in a land far away", "There was once a")
-
-
-def held_out(run):
-    """Tokens (n, T) of a run's data that it was not trained on, and their labels."""
-    rng = np.random.default_rng((run.config.seed, 3))
-    return run.data.labelled(rng, N_SEQUENCES, run.config.block_size)
+BUDGET = 0.2  # nats a token by which forced codes may surprise the dense model
+CHOICES = "steering.json"  # its name in a run's folder
+MOST = 12  # codes of a topic
+N_CANDIDATES = 12  # codes that are tried for each of them
+LENGTH = 48  # tokens of a text on which they are tried
+N_TEXTS = 48  # of such texts
 
 
-# -- codes that stand for a topic or a word
+# -- topics
 
 
-def find_codes(recording, labels, names):
-    """{name: its codes}: those that detect the label best, by F1, and twice as well as chance."""
-    found = detect(recording, labels, names)
-    result = {}
-    for i, name in enumerate(names):
-        chance = found.total[i] / labels.size
-        usable = (found.recall[:, i] >= 0.01) & (found.precision[:, i] >= 2 * chance)
-        best_first = np.argsort(-found.f1[:, i], kind="stable")
-        codes = []
-        per_head = Counter()
-        for number in best_first[usable[best_first]]:
-            code = recording.names[number]
-            head = code.site, code.group
-            if per_head[head] < min(PER_HEAD, recording.columns.count(head)):
-                per_head[head] += 1
-                codes.append(str(code))
-        result[name] = codes[:MOST]
-    return result
+@dataclass(frozen=True)
+class Topic:
+    name: str  # as it was asked for
+    chosen_by: re.Pattern  # the words that its codes are to make more probable
+    counted_by: re.Pattern  # and those by which a text is said to mention it
+
+    @property
+    def title(self):
+        """dragon of topic:dragon; king of words:king,queen/crown."""
+        return re.split("[,/]", self.name.split(":", 1)[1])[0]
+
+    def count(self, texts):
+        """How many of the texts mention it."""
+        return sum(bool(self.counted_by.search(text)) for text in texts)
+
+    def tokens(self, tokenizer):
+        """The tokens that are one of the words it is chosen by. ValueError if there are none."""
+        pieces = tokenizer.ids.items()
+        found = [number for piece, number in pieces if self.chosen_by.fullmatch(piece.strip())]
+        if not found:
+            raise ValueError(f"{self.name}: none of its words is in the vocabulary of the run")
+        return found
 
 
-def mention(text):
-    """The pattern by which topic:NAME or word:WORD is mentioned."""
-    kind, name = text.split(":", 1)
-    if kind == "topic":
-        return stories().mention[name]
-    return re.compile(rf"\b{re.escape(name)}\b", re.I)
+def is_topic(text):
+    return text.startswith(("topic:", "word:", "words:"))
 
 
-def count_mentions(text, samples):
-    """How many of the samples mention topic:NAME or word:WORD."""
-    return sum(bool(mention(text).search(sample)) for sample in samples)
-
-
-def near(rows, pattern):
-    """Labels (n, T): 0 on the NEAR tokens up to the end of each match, -1 elsewhere."""
-    labels = matches(rows, pattern)
-    for row, at in np.argwhere(labels == 0):
-        labels[row, max(0, at - NEAR + 1) : at + 1] = 0
-    return labels
-
-
-def expand(run, text):
-    """The codes that a --force-code means: itself, or those of topic:NAME or word:WORD."""
+def find_topic(run, text):
+    """The topic of topic:NAME, word:WORD or words:LIST/LIST; ValueError if there is none."""
     kind, _, name = text.partition(":")
-    if kind not in ("topic", "word"):
-        return [text]
     if not run.tokenizer:
         raise ValueError(f"{text}: only a run on text has topics and words")
-    if kind == "topic" and name not in run.data.topics:
-        there_are = ", ".join(run.data.topics) or "none of your own text: try word:"
-        raise ValueError(f"there is no topic {name!r}; there are {there_are}")
-    run.sites()
-    tokens, kinds = held_out(run)
     if kind == "topic":
-        labels, names = kinds["topic"]
-    else:
-        labels = near(run.data.texts(tokens), mention(text))
-        names = [name]
-    codes = find_codes(record_codes(run.model, tokens), labels, names)[name]
-    if not codes:
-        raise ValueError(f"{text}: no code stands for it, or it is not in the held-out text")
-    return codes
+        if name not in run.data.topics:
+            there_are = ", ".join(run.data.topics) or "none of your own text: try words:"
+            raise ValueError(f"there is no topic {name!r}; there are {there_are}")
+        return Topic(text, stories().mention[name], stories().about[name])
+    lists = [part.split(",") for part in name.split("/")] if kind == "words" else [[name]]
+    if len(lists) > 2 or not all(word.strip() for words in lists for word in words):
+        raise ValueError(f"{text}: write words:king,queen, or words:king,queen/crown,throne")
+    patterns = [one_of(re.escape(word.strip()) for word in words) for words in lists]
+    return Topic(text, patterns[0], patterns[-1])
 
 
-# -- what texts become by them
+# -- their codes
 
 
-def continuations(run, codes):
-    """Texts that continue the PROMPTS with codes forced, without these, and their perplexity.
+def codes_of_topic(run, topic, budget=BUDGET):
+    """The codes of a topic, as texts; chosen once, and kept with the run."""
+    run.sites()
+    path = run.folder / CHOICES
+    known = read_json(path, dict) if path.exists() else {}
+    key = f"{topic.name} {budget:g}"
+    if key not in known:
+        known[key] = choose_codes(run, topic, budget)
+        with suppress(OSError):  # a folder that can't be written to does not keep it
+            write(path, json.dumps(known, indent=1))
+    return known[key]
 
-    That is under the dense model: the geometric mean over prompts.
-    """
-    model = run.model
-    judge = run.dense or model
-    texts = []
-    losses = []
-    for seed, prompt in enumerate(PROMPTS):
-        tokens = run.data.prompt(prompt).repeat(N_SAMPLES, 1).to(model.device)
-        start = tokens.shape[1]
-        n_new = min(run.data.sample_length, run.config.block_size + 1 - start)
-        generator = torch.Generator(model.device).manual_seed(seed)
-        with force(model, codes, GENERATED):
-            tokens = model.generate(tokens, n_new, generator=generator)
-        texts += [run.tokenizer.decode(row) for row in tokens[:, start:].tolist()]
-        targets = tokens[:, 1:].clone()
-        targets[:, : start - 1] = -100  # F.cross_entropy leaves them out
+
+def choose_codes(run, topic, budget):
+    """Forward choice by effect: see the top of this file. ValueError where no code has any."""
+    effect = Effect(run, topic)
+    best = effect.log_odds([])
+    most = effect.surprise([]) + budget
+    chosen = []
+    with tqdm(desc=f"codes of {topic.title}", unit=" tried", leave=False, disable=None) as bar:
+        while len(chosen) < MOST:
+            found = {}
+            for code in effect.promising(chosen):
+                found[code] = effect.log_odds([*chosen, code])
+                bar.update()
+            better = [code for code in found if found[code] > best]
+            better.sort(key=found.get, reverse=True)
+            within = (code for code in better if effect.surprise([*chosen, code]) <= most)
+            code = next(within, None)
+            if code is None:
+                break
+            chosen.append(code)
+            best = found[code]
+    if not chosen:
+        cost = f"a cost of {budget:g} nats a token"
+        raise ValueError(f"{topic.name}: no code makes it more probable at {cost}")
+    return [str(code) for code in chosen]
+
+
+class Effect:
+    """What codes do when they are forced everywhere: to a topic's words, and to all others."""
+
+    def __init__(self, run, topic):
+        self.model = run.model
+        self.words = topic.tokens(run.tokenizer)
+        rng = np.random.default_rng((run.config.seed, 5))
+        length = min(LENGTH, run.config.block_size)
+        tokens, self.at = places(run.data, self.words, length, rng)
+        if not len(tokens):
+            raise ValueError(f"{topic.name}: its words do not come in the text trained on")
+        self.tokens = torch.from_numpy(tokens).to(run.model.device)
+        text = run.data.sequences(rng, N_TEXTS // 2, length)
+        self.text = torch.from_numpy(text).to(run.model.device)
+        judge = run.dense or run.model
         with evaluating(judge):
-            _, loss = judge(tokens[:, :-1], targets)
-        losses.append(loss.item())
-    return texts, math.exp(np.mean(losses))
+            logits, _ = judge(self.text)
+        self.expected = logits.log_softmax(-1)
+
+    def logits(self, tokens, codes):
+        """The model's, with codes forced: (n, T, vocab_size)."""
+        with evaluating(self.model), self.forcing(codes):
+            return self.model(tokens)[0]
+
+    def forcing(self, codes):
+        return force(self.model, [str(code) for code in codes])
+
+    def log_odds(self, codes):
+        """Of the topic's words, where one of them comes next, in nats; mean over such places."""
+        return self._log_odds(self.logits(self.tokens, codes)).item()
+
+    def surprise(self, codes):
+        """How much the next token, drawn by the model, surprises the dense one: nats a token."""
+        p = self.logits(self.text, codes).softmax(-1)
+        return -(p * self.expected).sum(-1).mean().item()
+
+    def promising(self, chosen):
+        """The codes that would raise the log-odds most beside those chosen, to first order.
+
+        Forced, a code takes the place of the last of the k: the log-odds change by about their
+        difference times the slope of the log-odds at the codebook's output.
+        """
+        gains = []
+        codes = []
+        for site, slope in self.slopes(chosen).items():
+            codebook = self.model.codebooks()[site]
+            slope = slope.unflatten(-1, (codebook.groups, -1))  # (n, T, G, d)
+            last = codebook.sum_codes(codebook.ids[..., -1:])
+            lost = (slope * last).sum((0, 1, 3)).unsqueeze(-1)  # (G, 1)
+            gain = torch.einsum("ntgd,gcd->gc", slope, codebook.codes.detach()) - lost
+            gains += gain.flatten().tolist()
+            codes += codes_of(site, codebook)
+        n_chosen = Counter((code.site, code.group) for code in chosen)
+        found = []
+        for number in np.argsort(-np.array(gains)):
+            code = codes[number]
+            room = self.model.codebooks()[code.site].k - n_chosen[code.site, code.group]
+            if room and code not in chosen:
+                found.append(code)
+            if len(found) == N_CANDIDATES:
+                break
+        return found
+
+    def slopes(self, chosen):
+        """Of the log-odds, at the output of each codebook: {site: (n, T, groups * dim)}."""
+        outputs = {}
+
+        def keep(codebook, inputs, output):
+            outputs[codebook] = output
+
+        codebooks = self.model.codebooks()
+        with ExitStack() as stack:
+            for codebook in codebooks.values():
+                stack.callback(codebook.register_forward_hook(keep).remove)
+            with evaluating(self.model), torch.enable_grad(), self.forcing(chosen):
+                odds = self._log_odds(self.model(self.tokens)[0])
+        slopes = torch.autograd.grad(odds, [outputs[codebook] for codebook in codebooks.values()])
+        return dict(zip(codebooks, slopes))
+
+    def _log_odds(self, logits):
+        here = logits[torch.arange(len(self.at)), self.at].double()  # (n, vocab_size)
+        p = here.softmax(-1)[:, self.words].sum(-1)
+        return torch.logit(p, eps=1e-12).mean()
 
 
-def random_others(model, codes, rng):
-    """As many random codes of each head as there are in `codes`, but none of these."""
-    others = []
-    for text in codes:
-        code = Code.parse(text, model)
-        n_codes = model.codebooks()[code.site].n_codes
-        every = [str(replace(code, id=i)) for i in range(n_codes)]
-        free = [other for other in every if other not in codes + others]
-        others.append(rng.choice(free))
-    return others
+def places(data, words, length, rng):
+    """Text trained on, and where one of the words comes next: tokens (n, length), positions (n,).
 
-
-def steering_table(run, recording, labels, names):
-    """Shares of texts that mention each topic: left alone, with its codes, with random codes.
-
-    {"topics": {topic: {"before", "after", "random", "perplexity_before", "perplexity_after",
-    "codes"}}, "mean": {...}}, over PROMPTS, N_SAMPLES each. Perplexities are those of the texts,
-    under the dense model.
+    None of the words is among the tokens before.
     """
-    codes = find_codes(recording, labels, names)
-    rng = np.random.default_rng(0)
-    left_alone, perplexity_before = continuations(run, [])
-    topics = {}
-    for name in tqdm(names, desc="steering", leave=False, disable=None):
-        steered, perplexity_after = continuations(run, codes[name])
-        at_random, _ = continuations(run, random_others(run.model, codes[name], rng))
-        row = {"perplexity_before": perplexity_before, "perplexity_after": perplexity_after}
-        for when, texts in ("before", left_alone), ("after", steered), ("random", at_random):
-            row[when] = count_mentions(f"topic:{name}", texts) / len(texts)
-        topics[name] = {**row, "codes": codes[name]}
-    mean = {measure: np.mean([topics[name][measure] for name in names]) for measure in row}
-    return {"topics": topics, "mean": mean}
-
-
-def describe(table):
-    """The table for people."""
-    lines = [f"{'topic':10}{'before':>8}{'after':>8}{'random':>8}   perplexity before, after"]
-    rows = {**table["topics"], "mean": table["mean"]}
-    for name, row in rows.items():
-        line = f"{name:10}{row['before']:8.1%}{row['after']:8.1%}{row['random']:8.1%}"
-        lines.append(f"{line}{row['perplexity_before']:16.2f}{row['perplexity_after']:9.2f}")
-    return "\n".join(lines)
+    tokens = []
+    at = []
+    for _ in range(64):
+        windows = data.sequences(rng, 128, length + 1)
+        comes = np.isin(windows, words)
+        first = comes.argmax(1)
+        use = comes.any(1) & (first >= length // 3)
+        tokens += list(windows[use, :-1])
+        at += list(first[use] - 1)
+        if len(at) >= N_TEXTS:
+            break
+    return np.array(tokens[:N_TEXTS]), torch.tensor(at[:N_TEXTS])

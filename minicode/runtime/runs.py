@@ -18,8 +18,8 @@ from minicode.runtime.files import check_tensors, figures, read_json, read_tenso
 from minicode.runtime.options import option
 
 VERSION = 5  # of the files in a run's folder
-# By minicode.interpret:
-MADE_LATER = ("interpret.json", "report.html")
+# By minicode.interpret and minicode.sample:
+MADE_LATER = ("interpret.json", "report.html", "steering.json")
 FILES = (
     "config.json",
     FSM.file,

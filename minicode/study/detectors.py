@@ -18,6 +18,8 @@ from minicode.codebook import perplexity
 from minicode.control import chosen, codes_of, force, record
 from minicode.model import evaluating
 
+N_SEQUENCES = 512  # that codes are recorded on
+
 
 class Recording:
     """The codes (n, T, columns) of a model on tokens (n, T), both NumPy arrays.
@@ -58,6 +60,12 @@ class Recording:
         """Up to `most` positions at which a code fires, evenly spread over the recording."""
         at = self.where[number]
         return at[np.linspace(0, len(at) - 1, min(most, len(at))).astype(int)]
+
+
+def held_out(run):
+    """Tokens (n, T) of a run's data that it was not trained on, and their labels."""
+    rng = np.random.default_rng((run.config.seed, 3))
+    return run.data.labelled(rng, N_SEQUENCES, run.config.block_size)
 
 
 def record_codes(model, tokens):

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from minicode.language import topics
+from minicode.language import steering
 from minicode.runtime.files import write
 from minicode.study import figures
 from minicode.study.detectors import best_labels, codes_against_neurons, detect, purity, usage
@@ -12,8 +12,11 @@ from minicode.study.machine import control_study
 from minicode.study.page import page, write_report
 
 
-def study(run, recording, kinds, folder):
-    """Every measure that there is for this run; its figures go to a folder too, if there is one."""
+def study(run, recording, kinds, topics, budget, folder):
+    """Every measure that there is for this run; its figures go to a folder too, if there is one.
+
+    topics: those to steer to, as language.topics writes them, at a cost of `budget`.
+    """
     labels = best_labels(recording, kinds)
     detected = [kinds[kind] for kind in run.data.detected]
     detectors = codes_against_neurons(run, recording, detected)
@@ -32,8 +35,8 @@ def study(run, recording, kinds, folder):
         best = np.minimum(found.precision, found.recall).max(0)
         detectors["states_with_code"] = float((best >= 0.95).mean())
         result["control"] = control_study(run)
-    if "topic" in kinds and run.config.block_size >= 16:  # room for the prompts, and for more
-        result["steering"] = topics.steering_table(run, recording, *kinds["topic"])
+    if topics and run.config.block_size >= 16:  # room for the prompts, and for more
+        result["steering"] = steering.steering_table(run, topics, budget)
     drawn = draw(result, points)
     write(run.folder / "interpret.json", json.dumps(result, indent=1))
     write_report(run.folder / "report.html", page(run, recording, labels, measures(result), drawn))
@@ -80,7 +83,8 @@ def draw(result, points):
         series = {
             "left alone": [row["before"] for row in rows.values()],
             "its codes forced": [row["after"] for row in rows.values()],
-            "as many random codes forced": [row["random"] for row in rows.values()],
+            "random codes, as many and as costly": [row["random"] for row in rows.values()],
+            "2 nats added to its words' logits": [row["logit_bias"] for row in rows.values()],
         }
         text = {"title": "Steering by topic", "x": "share of texts that mention the topic"}
         svg = figures.bars(list(rows), series, **text)
@@ -161,7 +165,7 @@ def describe(result, folder):
     if "control" in result:
         lines += ["", *describe_control(result["control"])]
     if "steering" in result:
-        lines += ["", topics.describe(result["steering"])]
+        lines += ["", steering.describe(result["steering"])]
     lines += ["", f"{'best codes':42} precision  recall"]
     for row in result["best_codes"]:
         label = f"{row['kind']} {row['label']}"

@@ -1,0 +1,148 @@
+"""What texts become when a topic's codes are forced, beside what else could have done it."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from minicode.control import GENERATED, Code, force
+from minicode.language.topics import Effect, codes_of_topic, find_topic
+from minicode.model import evaluating
+
+N_SAMPLES = 10  # stories that continue each of the prompts
+PROMPTS = ("Once upon a time", "One day, a", "Long ago, in a land far away", "There was once a")
+N_PASSAGES = 64  # held-out passages of your own text that are continued
+GIVEN = 16  # tokens of each
+N_RANDOM = 16  # sets of random codes, of which the one is taken that surprises as much
+BIAS = 2.0  # nats that the baseline adds to the logits of a topic's words
+WAYS = ("before", "after", "random", "logit_bias")
+
+
+def beginnings(run):
+    """What texts begin with: tokens (n, T) of each lot, all of them held out."""
+    if run.data.topics:
+        return [run.data.prompt(text).repeat(N_SAMPLES, 1) for text in PROMPTS]
+    given = min(GIVEN, run.config.block_size // 2)
+    return [torch.from_numpy(run.data.passages(N_PASSAGES, given))]
+
+
+def continuations(run, codes, words=()):
+    """Texts that go on from the beginnings with codes forced, without these, and their perplexity.
+
+    That is under the dense model: the geometric mean over lots. words: tokens to whose logits BIAS
+    is added.
+    """
+    model = run.model
+    judge = run.dense or model
+    bias = torch.zeros(model.config.vocab_size, device=model.device)
+    bias[list(words)] = BIAS
+    texts = []
+    losses = []
+    for seed, tokens in enumerate(beginnings(run)):
+        start = tokens.shape[1]
+        n_new = min(run.data.sample_length, run.config.block_size + 1 - start)
+        generator = torch.Generator(model.device).manual_seed(seed)
+        hook = model.lm_head.register_forward_hook(lambda _, inputs, logits: logits + bias)
+        try:
+            with force(model, codes, GENERATED):
+                tokens = model.generate(tokens.to(model.device), n_new, generator=generator)
+        finally:
+            hook.remove()
+        texts += [run.tokenizer.decode(row) for row in tokens[:, start:].tolist()]
+        targets = tokens[:, 1:].clone()
+        targets[:, : start - 1] = -100  # F.cross_entropy leaves them out
+        with evaluating(judge):
+            _, loss = judge(tokens[:, :-1], targets)
+        losses.append(loss.item())
+    return texts, math.exp(np.mean(losses))
+
+
+def random_codes(run, effect, codes, rng):
+    """As many random codes of the same heads, none of them in `codes`, that surprise as much.
+
+    Of N_RANDOM sets it is the one that comes nearest.
+    """
+    wanted = effect.surprise(codes)
+    sets = {}
+    for _ in range(N_RANDOM):
+        others = []
+        for text in codes:
+            code = Code.parse(text, run.model)
+            n_codes = run.model.codebooks()[code.site].n_codes
+            every = [str(replace(code, id=i)) for i in range(n_codes)]
+            new = [other for other in every if other not in codes + others]
+            others.append(rng.choice(new).item())
+        sets[abs(effect.surprise(others) - wanted)] = others
+    return sets[min(sets)]
+
+
+def share_in_data(run, topic, words, n=512):
+    """Of texts as long that follow one of the words in the training text: how many mention it.
+
+    What steering can be compared with: a text that is about the topic does no better.
+    """
+    length = min(run.data.sample_length, run.config.block_size)
+    rng = np.random.default_rng(0)
+    texts = []
+    while len(texts) < n:
+        for row in run.data.sequences(rng, n, 2 * length):
+            comes = np.flatnonzero(np.isin(row[:length], words))
+            if len(comes):
+                start = comes[0] + 1
+                texts.append(run.tokenizer.decode(row[start : start + length].tolist()))
+    return topic.count(texts) / len(texts)
+
+
+def steering_table(run, names, budget):
+    """Shares of texts that mention each topic: left alone, and by what is done to the model.
+
+    {"topics": {name: {"before", "after", "random", "logit_bias", "in_data": shares,
+    "perplexity_before" and so on: those of the texts under the dense model, "codes"}},
+    "mean": {...}, "budget"}. "in_data" is share_in_data.
+    """
+    asked = [find_topic(run, name) for name in names]
+    if len({topic.title for topic in asked}) < len(asked):
+        raise ValueError("two topics begin with the same word, by which the table names them")
+    codes = {topic: codes_of_topic(run, topic, budget) for topic in asked}
+    left_alone = continuations(run, [])
+    topics = {}
+    for topic in tqdm(asked, desc="steering", leave=False, disable=None):
+        topics[topic.title] = steer(run, topic, codes[topic], left_alone)
+    mean = {}
+    for measure in topics[asked[0].title]:
+        if measure != "codes":
+            mean[measure] = np.mean([row[measure] for row in topics.values()])
+    return {"topics": topics, "mean": mean, "budget": budget}
+
+
+def steer(run, topic, codes, left_alone):
+    """A row of the table; left_alone: what `continuations` gives for no codes at all."""
+    effect = Effect(run, topic)
+    words = list(effect.words)
+    words += [i for i, text in enumerate(run.data.vocabulary) if topic.counted_by.search(text)]
+    others = random_codes(run, effect, codes, np.random.default_rng(0))
+    made = {
+        "before": left_alone,
+        "after": continuations(run, codes),
+        "random": continuations(run, others),
+        "logit_bias": continuations(run, [], words),
+    }
+    row = {"codes": codes, "in_data": share_in_data(run, topic, effect.words)}
+    for way, (texts, perplexity) in made.items():
+        row[way] = topic.count(texts) / len(texts)
+        row[f"perplexity_{way}"] = perplexity
+    return row
+
+
+def describe(table):
+    """The table for people."""
+    head = f"{'texts that mention':20}" + "".join(f"{way:>12}" for way in (*WAYS, "in_data"))
+    lines = [f"{head}   perplexity: the first four; codes"]
+    for name, row in {**table["topics"], "mean": table["mean"]}.items():
+        shares = "".join(f"{row[way]:12.1%}" for way in (*WAYS, "in_data"))
+        prices = "".join(f"{row[f'perplexity_{way}']:8.2f}" for way in WAYS)
+        n_codes = f"{len(row['codes']):4}" if "codes" in row else ""
+        lines.append(f"{name:20}{shares}   {prices}{n_codes}")
+    return "\n".join(lines)
