@@ -11,7 +11,7 @@ from torch import nn
 
 from minicode.runtime import processes
 from minicode.runtime.arguments import SELECTIONS, check_one_of
-from minicode.topk import topk_codes
+from minicode.topk import rows_of, topk_codes
 
 
 class Codebook(nn.Module):
@@ -144,7 +144,7 @@ class Codebook(nn.Module):
         n_seeds = min(int(dead.sum(-1).max()), len(a))
         seeds = self._seeds(left, n_seeds, generator, error, power=2)
         rank = (dead.cumsum(-1) - 1).clamp(0, n_seeds - 1)  # the first dead code: the first seed
-        self.codes.copy_(torch.where(dead.unsqueeze(-1), _take(seeds, rank), self.codes))
+        self.codes.copy_(torch.where(dead.unsqueeze(-1), rows_of(seeds, rank), self.codes))
         for moment in optimizer.state[self.codes].values():
             if moment.shape == self.codes.shape:
                 moment[dead] = 0
@@ -206,7 +206,7 @@ class Codebook(nn.Module):
     def _nearest(self, a, codes):
         """For each of a (G, N, d): the nearest code's id, its squared distance; both (G, N)."""
         ids = topk_codes(a.transpose(0, 1), codes, 1, "distance")[1].squeeze(-1).T
-        return ids, (a - _take(codes, ids)).square().sum(-1)
+        return ids, (a - rows_of(codes, ids)).square().sum(-1)
 
     def _seeds(self, a, n, generator, nearest=None, power=1):
         """n of a (G, N, d), far from each other and from what is at distances `nearest` (G, N).
@@ -217,7 +217,7 @@ class Codebook(nn.Module):
         seeds = []
         for lot in torch.arange(n).tensor_split(min(16, n)):
             weights = torch.ones_like(a[..., 0]) if nearest is None else nearest**power + 1e-12
-            drawn = _take(a, torch.multinomial(weights, len(lot), generator=generator))
+            drawn = rows_of(a, torch.multinomial(weights, len(lot), generator=generator))
             _, distance = self._nearest(a, drawn)
             nearest = distance if nearest is None else torch.minimum(nearest, distance)
             seeds.append(drawn)
@@ -235,8 +235,3 @@ def perplexity(counts):
     """exp(entropy) of how often codes (..., C) were chosen: as many in even use, (...)."""
     share = counts / counts.sum(-1, keepdim=True).clamp_min(1)
     return torch.special.entr(share).sum(-1).exp()
-
-
-def _take(table, ids):
-    """Rows (G, n, d) of table (G, C, d), by ids (G, n)."""
-    return table.gather(1, ids.unsqueeze(-1).expand(-1, -1, table.shape[-1]))

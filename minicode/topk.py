@@ -177,26 +177,26 @@ def pursue_in_chunks(x, codes, k, similarity, blocked=None):
             scores.masked_fill_(bad, -torch.inf)
         chosen = []
         for _ in range(k):
-            best = scores.max(dim=-1, keepdim=True)  # the first of equals; (G, n, 1)
+            best = scores.max(dim=-1)  # the first of equals; (G, n)
             chosen.append(best)
             if gram is not None:
                 # Which leaves -inf to those chosen before.
                 scores += rows_of(gram, best.indices)
                 continue
-            taken = scores.isneginf().scatter_(-1, best.indices, True)
+            taken = scores.isneginf().scatter_(-1, best.indices.unsqueeze(-1), True)
             left = left - rows_of(codes, best.indices)
             scores = finite(torch.baddbmm(offset, left, table))
             scores.masked_fill_(taken, -torch.inf)
-        found.append([torch.cat(parts, dim=-1) for parts in zip(*chosen)])
+        found.append([torch.stack(parts, dim=-1) for parts in zip(*chosen)])
     scores, ids = zip(*found)
     return torch.cat(scores, dim=1), torch.cat(ids, dim=1)
 
 
 def rows_of(table, ids):
-    """Rows (G, n, d) of table (G, C, d), by ids (G, n, 1)."""
-    first = table.shape[1] * torch.arange(len(table), device=ids.device)
-    rows = table.flatten(0, 1).index_select(0, (ids + first.view(-1, 1, 1)).flatten())
-    return rows.view(*ids.shape[:2], table.shape[2])
+    """Rows (G, n, d) of table (G, C, d), by ids (G, n)."""
+    first = table.shape[1] * torch.arange(len(table), device=ids.device).unsqueeze(-1)
+    rows = table.flatten(0, 1).index_select(0, (ids + first).flatten())
+    return rows.view(*ids.shape, table.shape[2])
 
 
 def change_by_choice(codes, table):
