@@ -198,7 +198,7 @@ class Codebook(nn.Module):
 
         Both by code: (G, C, 1) and (G, C, d).
         """
-        total = torch.zeros_like(self.codes)
+        total = torch.zeros_like(self.codes, dtype=values.dtype)
         for rows in self._rows(ids).flatten(0, 1).T:  # k of (N * G)
             total.view(-1, self.dim).index_add_(0, rows, values.flatten(0, 1))
         return self.count(ids).unsqueeze(-1), total

@@ -16,7 +16,9 @@ import torch
 from minicode.model import evaluating
 
 GENERATED = "generated"  # the positions at which the tokens after the prompt are sampled
-NOTATION = re.compile(r"(\w+\.\d+)(?:\.(\d+))?\.(\d+)(?:@(-?\d+))?")  # site, group, code, position
+NOTATION = re.compile(
+    r"(\w+\.\d+)(?:\.(\d+))?\.(\d+)(?:@(-?\d{1,9}))?"
+)  # site, group, code, position
 
 
 @dataclass(frozen=True)
@@ -254,6 +256,8 @@ def _read_ids(model, codes, position):
         if ids.dim() not in (2, 3) or ids.shape[-2] != codebook.groups:
             wanted = f"({codebook.groups}, k) or (B, {codebook.groups}, k)"
             raise ValueError(f"{site}: ids must be {wanted}, not {tuple(ids.shape)}")
+        if ids.is_floating_point() or not ids.shape[-1]:
+            raise ValueError(f"{site}: ids must be whole numbers, at least one for each group")
         most = codebook.n_codes - 1
         if ids.numel() and not 0 <= ids.min() <= ids.max() <= most:
             found = f"{ids.min()} to {ids.max()}"

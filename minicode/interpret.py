@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from minicode.control import Code
-from minicode.language.topics import BUDGET
+from minicode.language.topics import BUDGET, check_budget, find_topic
 from minicode.runtime.options import Parser
 from minicode.runtime.runs import latest_run, load_run
 from minicode.study.detectors import held_out, record_codes
@@ -29,6 +29,8 @@ def main(argv=None):
     with parser.user_errors():
         run = load_run(args.run or latest_run())
         run.sites()
+        check_budget(args.budget)
+        topics = steered(run, args.steer)
         tokens, kinds = held_out(run)
         recording = record_codes(run.model, tokens)
         if args.search is not None:
@@ -40,13 +42,24 @@ def main(argv=None):
         elif args.picture:
             result, text = picture(run, recording, kinds, args.picture)
         else:
-            steered = args.steer or [f"topic:{name}" for name in run.data.topics]
-            result, text = study(run, recording, kinds, steered, args.budget, args.figures)
+            result, text = study(run, recording, kinds, topics, args.budget, args.figures)
     learnt = run.summary.get("transition_accuracy", 1)
     if learnt < 0.9:
         about = f"{run.folder} has not learnt the machine (transition accuracy {learnt:.2f})"
         print(f"note: {about}: its codes will not mean much", file=sys.stderr)
     print(json.dumps(result) if args.json else text)
+
+
+def steered(run, asked):
+    """The topics to steer to: those asked for; or those of the stories, if there is room."""
+    roomy = run.config.block_size >= 16
+    if asked and not roomy:
+        raise ValueError(f"--steer wants a block_size of 16 or more, not {run.config.block_size}")
+    names = asked or [f"topic:{name}" for name in run.data.topics if roomy]
+    topics = [find_topic(run, name) for name in names]
+    if len({topic.title for topic in topics}) < len(topics):
+        raise ValueError("two topics begin with the same word, by which the table names them")
+    return topics
 
 
 def make_parser():
@@ -63,7 +76,9 @@ def make_parser():
     one_of("--compare", type=Path, metavar="FOLDER", help="another run on the same data")
     one_of("--picture", type=Path, metavar="FILE", help="of a run on TokFSM, as SVG")
     lists = "words that codes are chosen by, and after a slash those that are counted"
-    add("--steer", nargs="+", metavar="TOPIC", help=f"topics of your own text, as above: {lists}")
+    one_of(
+        "--steer", nargs="+", metavar="TOPIC", help=f"topics of your own text, as above: {lists}"
+    )
     cost = "nats a token that a topic's codes may cost, to the dense model (default: %(default)s)"
     add("--budget", type=float, default=BUDGET, help=cost)
     add("--figures", type=Path, metavar="FOLDER", help="write the figures there too, as SVG")

@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 
 from minicode.control import GENERATED, block, force
-from minicode.language.topics import BUDGET, codes_of_topic, find_topic, is_topic
+from minicode.language import topics
 from minicode.runtime.options import Parser
 from minicode.runtime.runs import latest_run, load_run
 from minicode.study import demonstration
 
 LEAST = {
     **dict.fromkeys(("num_samples", "max_new_tokens", "top_k"), 1),
-    **dict.fromkeys(("temperature", "budget", "seed"), 0),
+    **dict.fromkeys(("temperature", "seed"), 0),
 }
 
 
@@ -60,7 +60,7 @@ def make_parser():
     flag("--force-code", nargs="?", const="", help=active, **several)
     flag("--block-code", help="never choose this code, as above; may be repeated", **several)
     cost = "nats a token that a topic's codes may cost, to the dense model (default: %(default)s)"
-    flag("--budget", type=float, default=BUDGET, help=cost)
+    flag("--budget", type=float, default=topics.BUDGET, help=cost)
     flag("--json", action="store_true", help="print the result as JSON")
     return parser
 
@@ -71,6 +71,7 @@ def check(args):
         value = getattr(args, name)
         if value is not None and not value >= least:
             raise ValueError(f"{name} must be at least {least}, not {value}")
+    topics.check_budget(args.budget)
     if args.seed >= 2**63:
         raise ValueError(f"seed must be below 2**63, not {args.seed}")
     if "" in args.force_code and len(args.force_code + args.block_code) > 1:
@@ -79,11 +80,15 @@ def check(args):
 
 def sample(run, args):
     """Samples, with codes forced and blocked; with topics or words, samples left alone too."""
-    topics = {text: find_topic(run, text) for text in args.force_code if is_topic(text)}
+    named = [text for text in args.force_code if topics.is_topic(text)]
+    asked = {text: topics.find_topic(run, text) for text in named}
+    codes = topics.codes_of_topics(run, asked.values(), args.budget) if asked else {}
     forced = []
     for text in args.force_code:
-        forced += codes_of_topic(run, topics[text], args.budget) if text in topics else [text]
-    forced = list(dict.fromkeys(forced))
+        own = codes[asked[text]] if text in asked else [text]
+        if not own:
+            raise ValueError(f"{text}: no code turns texts towards it at {args.budget:g} nats")
+        forced += [code for code in own if code not in forced]
     prompt = run.data.prompt(args.prompt)
     given = len(run.data.show(prompt[0]))  # characters; what they mention does not count
     room = run.config.block_size + 1 - prompt.shape[1]
@@ -102,11 +107,11 @@ def sample(run, args):
         "forced": forced,
         "blocked": args.block_code,
     }
-    if topics:
+    if asked:
         result["samples_free"] = generate([], [])
         for when in ("", "_free"):
             new = [text[given:] for text in result["samples" + when]]
-            mentions = {name: topic.count(new) for name, topic in topics.items()}
+            mentions = {name: topic.count(new) for name, topic in asked.items()}
             result["mentions" + when] = mentions
     return result
 
@@ -123,7 +128,7 @@ def describe(run, result):
     of = f"of {len(result['samples'])}"
     for name, n_free in result["mentions_free"].items():
         n_forced = result["mentions"][name]
-        title = find_topic(run, name).title
+        title = topics.find_topic(run, name).title
         text += f"\nabout {title}: {n_free} {of} left alone, {n_forced} {of} forced"
     return text
 

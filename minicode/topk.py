@@ -65,8 +65,8 @@ def topk_codes(x, codes, k=1, similarity="cosine", selection="nearest", blocked=
     (..., G, k): G codebooks, searched in one call. Any float type; computed in float32. Scores are
     float32, ids int64; in pursuit the score is that for what was left over, and no code is taken
     twice. A NaN score loses to every number. blocked: bool (..., C) or (..., G, C), the codes that
-    must not be chosen, if any. Not differentiable: `Codebook` does the gradients. TypeError or
-    ValueError names the argument and what was expected.
+    must not be chosen, if any; k have to be left. Not differentiable: `Codebook` does the
+    gradients. TypeError or ValueError names the argument and what was expected.
     """
     check_search(x, codes, k, similarity, selection, blocked)
     table = codes if codes.dim() == 3 else codes.unsqueeze(0)

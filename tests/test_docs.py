@@ -12,7 +12,7 @@ import pytest
 
 from minicode.ablate import main as ablate
 from minicode.interpret import main as interpret
-from minicode.language import steering
+from minicode.language import steering, topics
 from minicode.sample import main as sample
 from minicode.study import detectors
 from minicode.study import study as study_module
@@ -87,7 +87,9 @@ def test_commands_are_accepted(name, default_run, tmp_path, monkeypatch):
     """Each command as it stands; but training is cut short and goes elsewhere."""
     monkeypatch.setattr(detectors, "N_SEQUENCES", 64)
     monkeypatch.setattr(steering, "steering_table", lambda *args: STEERING)
-    monkeypatch.setattr("minicode.sample.codes_of_topic", lambda *args: CODES)
+    monkeypatch.setattr(
+        topics, "codes_of_topics", lambda run, asked, _: dict.fromkeys(asked, CODES)
+    )
     monkeypatch.setattr(
         study_module, "control_study", partial(study_module.control_study, n_pairs=5)
     )

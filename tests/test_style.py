@@ -108,4 +108,4 @@ def test_imports_form_a_graph_without_circles_from_the_method_to_the_commands():
 def test_commands_are_a_screen_long():
     for name in COMMANDS:
         text = (ROOT / "minicode" / f"{name}.py").read_text()
-        assert len(text.splitlines()) <= 135, name
+        assert len(text.splitlines()) <= 140, name

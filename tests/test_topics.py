@@ -1,6 +1,7 @@
 """Steering language: the codes that stand for topics and words, and what forcing them does."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -13,8 +14,9 @@ from minicode import force, load_run
 from minicode.control import GENERATED, Code
 from minicode.interpret import main as interpret
 from minicode.language import steering, topics
-from minicode.language.topics import Effect, choose_codes, codes_of_topic, find_topic, places
+from minicode.language.topics import Effect, choose_codes, codes_of_topics, find_topic
 from minicode.sample import main as sample
+from minicode.study.detectors import detect
 from minicode.train_text import main as train_text
 
 SMALL = [
@@ -55,9 +57,10 @@ def head_of(code):
 def test_mentions_are_counted_by_samples(stories_run):
     run = load_run(stories_run)
     samples = ["A king saw two kings.", "Kings!", "A kingdom, and a queen.", "a dragon roared"]
-    for name, count in (("word:king", 1), ("words:x/king,kings", 2), ("words:king/queen", 1)):
+    for name, count in (("word:king", 1), ("words:a/king,kings", 2), ("words:king/queen", 1)):
         assert find_topic(run, name).count(samples) == count
-    assert find_topic(run, "word:a.").count(samples) == 0  # a word is no pattern
+    assert find_topic(run, "words:king/a.").count(samples) == 0  # a word is no pattern
+    assert find_topic(run, "words:king/Kings!,(").count([*samples, "a ( b"]) == 2
     dragon = find_topic(run, "topic:dragon")
     assert dragon.count(samples) == 1  # by the roar: not by the word that its codes are chosen by
     assert dragon.title == "dragon"
@@ -78,7 +81,7 @@ def test_tokens_of_a_topic_are_its_whole_words(stories_run):
 @pytest.mark.parametrize("topic", ["dragon", "royals", "rain"])
 def test_a_story_is_counted_by_words_that_its_codes_are_not_chosen_by(topic, stories_run):
     topic = find_topic(load_run(stories_run), f"topic:{topic}")
-    counting = topic.counted_by.pattern.strip("\\b()").split("|")
+    counting = re.findall(r"\w\w+", topic.counted_by.pattern)
     assert len(counting) >= 9
     assert not any(topic.chosen_by.search(word) for word in counting)
 
@@ -86,102 +89,86 @@ def test_a_story_is_counted_by_words_that_its_codes_are_not_chosen_by(topic, sto
 # -- what codes do to a topic
 
 
-class Windows:
-    """Text of 1 to 9, in which 0 stands for the word that comes."""
-
-    def sequences(self, rng, n, length):
-        self.drawn = rng.integers(0, 10, (n, length))
-        return self.drawn
-
-
-def test_places_are_where_the_word_comes_for_the_first_time():
-    tokens, at = places(Windows(), [0], 12, np.random.default_rng(0))
-    data = Windows()
-    windows = data.sequences(np.random.default_rng(0), 128, 13)
-    assert len(tokens) == topics.N_TEXTS
-    for row, end in zip(tokens, at.tolist()):
-        assert end >= 3
-        assert 0 not in row[: end + 1]
-        (whole,) = [window for window in windows if (window[:-1] == row).all()]
-        assert whole[end + 1] == 0
-    tokens, at = places(Windows(), [10], 12, np.random.default_rng(0))
-    assert len(tokens) == len(at) == 0
-
-
 @pytest.fixture(scope="module")
 def effect(stories_run):
-    run = load_run(stories_run)
-    return Effect(run, find_topic(run, "topic:dog"))
+    return Effect(load_run(stories_run))
+
+
+def test_places_are_near_the_words_and_their_tokens_pull(effect):
+    topic = find_topic(effect.run, "topic:dog")
+    words = topic.tokens(effect.run.tokenizer)
+    near = effect.places(topic)
+    for row, there in list(zip(effect.tokens, near))[:200]:
+        at = np.flatnonzero(np.isin(row, words))
+        distance = np.abs(np.arange(len(row))[:, None] - at).min(1, initial=99)
+        assert ((distance <= topics.NEAR) == there).all()
+    pull = effect.pull_of(topic)
+    share = near.mean()
+    for token in (words[0], effect.tokens[near][7]):
+        n_here = (effect.tokens[near] == token).sum()
+        n = (effect.tokens == token).sum()
+        wanted = np.log((n_here + 20 * share) / (n + 20) / share)
+        if not topic.counted_by.search(effect.run.data.vocabulary[token]):
+            assert pull[token] == pytest.approx(wanted, abs=1e-5)
+    assert pull[words[0]] > 0
+    # The words by which texts are counted take no part in the choice.
+    counted = effect.run.tokenizer.ids[" leash"]
+    assert pull[counted] == 0
+    assert effect.pull_of(find_topic(effect.run, "word:leash"))[counted] > 0
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("codes", [[], ["head.0.0.3", "head.1.1.5"]])
-def test_effects_against_their_definitions(codes, effect, stories_run):
-    run = load_run(stories_run)
-    with force(effect.model, codes):
-        p = effect.model(effect.tokens)[0].softmax(-1)
-        drawn = effect.model(effect.text)[0].softmax(-1)
-    odds = []
-    for row, at in enumerate(effect.at):
-        chance = p[row, at, effect.words].sum().double()
-        odds.append((chance / (1 - chance)).log().item())
-    assert effect.log_odds(codes) == pytest.approx(np.mean(odds), rel=1e-4)
-    expected = run.dense(effect.text)[0].softmax(-1)
-    cross = [
-        -(a * b.log()).sum().item() for a, b in zip(drawn.flatten(0, 1), expected.flatten(0, 1))
-    ]
-    assert effect.surprise(codes) == pytest.approx(np.mean(cross), rel=1e-4)
+def test_effects_against_their_definitions(codes, effect):
+    model = effect.run.model
+    with force(model, codes):
+        wanted = model(effect.tried)[0].softmax(-1)
+    p = effect.after(codes)
+    assert torch.equal(p, wanted)
+    expected = effect.run.dense(effect.tried)[0].softmax(-1)
+    cross = [-(a * b.log()).sum().item() for a, b in zip(p.flatten(0, 1), expected.flatten(0, 1))]
+    assert effect.surprise(p) == pytest.approx(np.mean(cross), rel=1e-4)
 
 
-@pytest.mark.parametrize("codes", [[], ["head.1.0.2"]])
-def test_slopes_against_differences(codes, effect):
-    chosen = [Code.parse(code, effect.model) for code in codes]
-    slopes = effect.slopes(chosen)
-    torch.manual_seed(0)
-    for site, codebook in effect.model.codebooks().items():
-        step = 0.01 * torch.randn_like(slopes[site])
-        if site == "head.1":
-            step[..., :8] = 0  # where a forced code may stand
-        with codebook.register_forward_hook(lambda _, x, out, step=step: out + step):
-            more = effect.log_odds(chosen)
-        with codebook.register_forward_hook(lambda _, x, out, step=step: out - step):
-            less = effect.log_odds(chosen)
-        if site == "head.1":  # below the last codebook, other codes may be chosen
-            assert (more - less) / 2 == pytest.approx((slopes[site] * step).sum().item(), rel=0.02)
-        assert slopes[site].abs().sum() > 0
+def test_codes_that_are_tried_detect_the_places(effect):
+    topic = find_topic(effect.run, "topic:dog")
+    names = effect.near(topic)
+    assert len(set(names)) == 5 * topics.N_CANDIDATES
+    labels = np.where(effect.places(topic)[: topics.N_RECORDED], 0, -1)
+    f1 = detect(effect.recording, labels, ["dog"]).f1[:, 0]
+    number = {str(code): i for i, code in enumerate(effect.recording.names)}
+    order = [f1[number[name]] for name in names]
+    assert order == sorted(order, reverse=True)
+    assert order[0] == f1.max()
 
 
-def test_promising_codes_are_new_and_have_room(effect):
-    codes = [f"head.1.0.{i}" for i in range(4)]  # k of them
-    chosen = [Code.parse(code, effect.model) for code in codes]
-    found = effect.promising(chosen)
-    assert len(set(found)) == topics.N_CANDIDATES
-    assert all((code.site, code.group) != ("head.1", 0) for code in found)
-    found = effect.promising(chosen[:3])
-    assert not set(found) & set(chosen[:3])
-    # One code at a time, what they do goes with what they were thought to do.
-    free = effect.log_odds([])
-    best = [effect.log_odds([code]) - free for code in effect.promising([])]
-    assert np.mean(best) > 0
+def test_no_more_codes_of_a_head_than_k(effect):
+    candidates = [f"head.0.1.{i}" for i in range(6)] + ["head.1.1.3"]
+    assert effect.with_room(candidates, candidates[:3]) == candidates  # k is 4
+    assert effect.with_room(candidates[4:], candidates[:4]) == ["head.1.1.3"]
 
 
 class Known:
-    """Codes of known effect: log-odds and cost, which add up."""
+    """Codes of known effect: pull and surprise, which add up."""
 
-    GAIN = {"a": 2.0, "b": 1.0, "c": 1.5, "d": -1.0, "e": 0.1}
+    PULL = {"a": 2.0, "b": 1.0, "c": 1.5, "d": -1.0, "e": 0.1}
     COST = {"a": 0.1, "b": 0.05, "c": 0.3, "d": 0.0, "e": 0.04}
 
-    def __init__(self, run, topic):
-        pass
+    def pull_of(self, topic):
+        return torch.ones(1)
 
-    def promising(self, chosen):
-        return [code for code in self.GAIN if code not in chosen]
+    def near(self, topic):
+        return list(self.PULL)
 
-    def log_odds(self, codes):
-        return -4 + sum(self.GAIN[code] for code in codes)
+    def with_room(self, candidates, chosen):
+        return list(candidates)
 
-    def surprise(self, codes):
-        return 2 + sum(self.COST[code] for code in codes)
+    def after(self, codes):
+        self.codes = codes
+        return torch.tensor([sum((self.PULL[code] for code in codes), 0.0)])
+
+    def surprise(self, p):
+        return 2 + sum(self.COST[code] for code in self.codes)
 
 
 @pytest.mark.parametrize(
@@ -189,31 +176,44 @@ class Known:
     [(0.2, 9, "a b e"), (0.5, 9, "a c b e"), (9, 2, "a c"), (0.09, 9, "b e")],
 )
 def test_codes_are_chosen_by_their_effect_within_a_budget(budget, most, wanted, monkeypatch):
-    monkeypatch.setattr(topics, "Effect", Known)
     monkeypatch.setattr(topics, "MOST", most)
     topic = topics.Topic("word:x", None, None)
-    assert choose_codes(None, topic, budget + 1e-9) == wanted.split()
-    with pytest.raises(ValueError, match="word:x: no code makes it more probable at a cost of 0"):
-        choose_codes(None, topic, 0.001)
+    assert choose_codes(Known(), topic, budget + 1e-9) == wanted.split()
+    assert choose_codes(Known(), topic, 0.001) == []
+
+
+def test_a_topic_that_is_never_told_of_has_no_codes(effect):
+    nowhere = topics.Topic("word:x", re.compile("zebra"), re.compile("zebra"))
+    assert choose_codes(effect, nowhere, 1.0) == []
 
 
 def test_chosen_codes_are_kept_with_the_run(stories_run, tmp_path, monkeypatch):
     folder = shutil.copytree(stories_run, tmp_path / "text")
-    run = load_run(folder)
     asked = []
 
-    def choose(run, topic, budget):
+    def choose(effect, topic, budget):
         asked.append(budget)
         return [f"head.0.0.{len(asked)}"]
 
+    def codes(budget):
+        run = load_run(folder)
+        dog = find_topic(run, "topic:dog")
+        return codes_of_topics(run, [dog], budget)[dog]
+
     monkeypatch.setattr(topics, "choose_codes", choose)
-    dog = find_topic(run, "topic:dog")
-    assert codes_of_topic(run, dog) == codes_of_topic(run, dog) == ["head.0.0.1"]
-    assert codes_of_topic(run, dog, 0.5) == ["head.0.0.2"]
-    assert codes_of_topic(load_run(folder), dog, 0.5) == ["head.0.0.2"]
-    assert asked == [topics.BUDGET, 0.5]
+    assert codes(0.1) == codes(0.1) == ["head.0.0.1"]
+    assert codes(0.5) == ["head.0.0.2"]
+    assert codes(0.5) == ["head.0.0.2"]
+    path = folder / topics.CHOICES
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps({**kept, "stamp": 0}))  # of another model
+    assert codes(0.5) == ["head.0.0.3"]
+    for damaged in (5, "abc", [5], [["a"]], ["head.0.0.1@0"], ["mlp.9.4"], None, {"head.0.0.1": 1}):
+        path.write_text(json.dumps({**kept, "codes": {"topic:dog 0.5": damaged}}))
+        with pytest.raises(ValueError, match="steering.json is damaged"):
+            codes(0.5)
     train(folder, "--overwrite", "--steps", "2")
-    assert not (folder / topics.CHOICES).exists()
+    assert not path.exists()
 
 
 # -- what texts become by them
@@ -256,6 +256,9 @@ def test_random_codes_are_as_many_others_that_cost_as_much(stories_run):
     class Costs:
         tried = []
 
+        def after(self, forced):
+            return forced
+
         def surprise(self, forced):
             cost = sum(Code.parse(code, run.model).id for code in forced)
             if forced != codes:
@@ -273,10 +276,10 @@ def test_random_codes_are_as_many_others_that_cost_as_much(stories_run):
 def test_the_share_in_the_data_is_of_texts_behind_the_words(own_run):
     run = load_run(own_run)
     topic = find_topic(run, "words:king/queen")
-    words = topic.tokens(run.tokenizer)
-    assert steering.share_in_data(run, topic, words) > 0.9  # a few words later
-    nowhere = find_topic(run, "words:king/zebra")
-    assert steering.share_in_data(run, nowhere, words) == 0
+    assert steering.share_in_data(run, topic) > 0.9  # a few words later
+    assert steering.share_in_data(run, find_topic(run, "words:king/zebra")) == 0
+    nowhere = topics.Topic("word:zebra", re.compile("zebra"), topic.counted_by)
+    assert steering.share_in_data(run, nowhere) is None
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +306,8 @@ def test_steering_table_is_kept_with_the_run(interpreted_run):
     kept = json.loads((folder / topics.CHOICES).read_text())
     for name, row in rows.items():
         assert row.keys() == {*shares, *prices, "codes"}
-        assert kept[f"topic:{name} {topics.BUDGET:g}"] == row["codes"] != []
+        assert kept["codes"][f"topic:{name} {topics.BUDGET:g}"] == row["codes"]
+    assert any(row["codes"] for row in rows.values())
     for share in shares:
         assert table["mean"][share] == pytest.approx(np.mean([row[share] for row in rows.values()]))
     lines = steering.describe(table).splitlines()
@@ -313,23 +317,25 @@ def test_steering_table_is_kept_with_the_run(interpreted_run):
 
 def test_forced_topic_is_named_and_its_mentions_are_counted(interpreted_run, capsys):
     folder, table = interpreted_run
-    codes = table["topics"]["dragon"]["codes"]
-    flags = ["--run", folder, "--prompt", "Once", "--num-samples", "3"]
-    flags += ["--force-code", "topic:dragon"]
+    title, row = next((title, row) for title, row in table["topics"].items() if row["codes"])
+    codes = row["codes"]
+    name = f"topic:{title}"
+    flags = ["--run", folder, "--prompt", "Once", "--num-samples", "3", "--force-code", name]
     result = as_json(capsys, *flags)
     assert result["forced"] == codes
     assert len(result["samples"]) == len(result["samples_free"]) == 3
-    dragon = find_topic(load_run(folder), "topic:dragon")
+    topic = find_topic(load_run(folder), name)
     for samples, mentions in ("samples", "mentions"), ("samples_free", "mentions_free"):
-        assert result[mentions] == {"topic:dragon": dragon.count(result[samples])}
+        assert result[mentions] == {name: topic.count(result[samples])}
     out = printed(capsys, *flags)
     assert out.startswith("left alone:\n\nOnce")
-    assert "\n\ntopic:dragon forced:\n\nOnce" in out
+    assert f"\n\n{name} forced:\n\nOnce" in out
     forced, mentions = out.splitlines()[-2:]
     assert forced == "forced: " + " ".join(codes)
     n_free, n_forced = result["mentions_free"], result["mentions"]
-    counts = (n_free["topic:dragon"], n_forced["topic:dragon"])
-    assert mentions == f"about dragon: {counts[0]} of 3 left alone, {counts[1]} of 3 forced"
+    assert mentions == (
+        f"about {title}: {n_free[name]} of 3 left alone, {n_forced[name]} of 3 forced"
+    )
 
 
 def test_several_names_are_all_told_and_the_prompt_does_not_count(stories_run, capsys, monkeypatch):
@@ -338,7 +344,9 @@ def test_several_names_are_all_told_and_the_prompt_does_not_count(stories_run, c
         "words:king,queen/crown": ["head.0.1.5"],
         "head.1.0.2": ["head.1.0.2"],
     }
-    monkeypatch.setattr("minicode.sample.codes_of_topic", lambda run, topic, _: own[topic.name])
+    monkeypatch.setattr(
+        topics, "codes_of_topics", lambda run, asked, _: {topic: own[topic.name] for topic in asked}
+    )
     asked = [flag for text in own for flag in ("--force-code", text)]
     flags = ["--run", stories_run, "--num-samples", "2", "--max-new-tokens", "1", *asked]
     flags += ["--prompt", "The dragon with a crown roared"]
@@ -383,6 +391,12 @@ def test_own_text_is_steered_by_its_words(own_run, quick, capsys):
     table = json.loads(capsys.readouterr().out.splitlines()[-1])["steering"]
     assert list(table["topics"]) == ["yes", "queen"]
     assert table["budget"] == 1
+    for flags, words in (
+        (["--steer", "word:zebra"], "word:zebra: none of its words is in the vocabulary"),
+        (["--budget", "nan"], "budget must be a number of nats, at least 0, not nan"),
+        (["--steer", "word:yes", "--search", "yes"], "not allowed with"),
+    ):
+        assert words in refusal(interpret, "--run", own_run, *flags, capsys=capsys)
     twice = ["words:yes,no/maybe", "word:yes"]
     line = refusal(interpret, "--run", own_run, "--budget", 1, "--steer", *twice, capsys=capsys)
     assert "two topics begin with the same word" in line
@@ -413,10 +427,10 @@ def test_text_in_bytes_is_found_and_shown(tmp_path, capsys):
 BAD_INPUT = [
     ("--force-code topic:dinosaur", "there is no topic 'dinosaur'; there are dragon, slide"),
     ("--force-code subject:dragon", "'subject:dragon' is not a code"),
-    ("--force-code word:zebra", "word:zebra: none of its words is in the vocabulary of the run"),
+    ("--force-code word:zebra", "word:zebra: none of its words is in the vocabulary of "),
     ("--force-code words:dog/", "words:dog/: write words:king,queen, or words:king,queen/crown"),
     ("--force-code words:a/b/c", "words:a/b/c: write words:king,queen, or"),
-    ("--force-code topic:dog --budget -1", "budget must be at least 0, not -1"),
+    ("--force-code topic:dog --budget -1", "budget must be a number of nats, at least 0, not -1"),
     ("--prompt " + "word_" * 40, "leaves room for 0 tokens"),
 ]
 

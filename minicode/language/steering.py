@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from minicode.control import GENERATED, Code, force
-from minicode.language.topics import Effect, codes_of_topic, find_topic
+from minicode.language.topics import Effect, codes_of_topics
 from minicode.model import evaluating
 
 N_SAMPLES = 10  # stories that continue each of the prompts
@@ -64,7 +64,7 @@ def random_codes(run, effect, codes, rng):
 
     Of N_RANDOM sets it is the one that comes nearest.
     """
-    wanted = effect.surprise(codes)
+    wanted = effect.surprise(effect.after(codes))
     sets = {}
     for _ in range(N_RANDOM):
         others = []
@@ -74,53 +74,55 @@ def random_codes(run, effect, codes, rng):
             every = [str(replace(code, id=i)) for i in range(n_codes)]
             new = [other for other in every if other not in codes + others]
             others.append(rng.choice(new).item())
-        sets[abs(effect.surprise(others) - wanted)] = others
+        sets[abs(effect.surprise(effect.after(others)) - wanted)] = others
     return sets[min(sets)]
 
 
-def share_in_data(run, topic, words, n=512):
-    """Of texts as long that follow one of the words in the training text: how many mention it.
+def share_in_data(run, topic, most=512):
+    """Of texts as long that follow one of its words in the training text: how many mention it.
 
-    What steering can be compared with: a text that is about the topic does no better.
+    What steering can be compared with: a text that is about the topic does no better. None where
+    there are no such texts.
     """
+    words = topic.tokens(run.tokenizer)
     length = min(run.data.sample_length, run.config.block_size)
     rng = np.random.default_rng(0)
     texts = []
-    while len(texts) < n:
-        for row in run.data.sequences(rng, n, 2 * length):
+    for _ in range(16):
+        for row in run.data.sequences(rng, most, 2 * length):
             comes = np.flatnonzero(np.isin(row[:length], words))
             if len(comes):
                 start = comes[0] + 1
                 texts.append(run.tokenizer.decode(row[start : start + length].tolist()))
-    return topic.count(texts) / len(texts)
+        if len(texts) >= most:
+            break
+    return topic.count(texts) / len(texts) if texts else None
 
 
-def steering_table(run, names, budget):
+def steering_table(run, asked, budget):
     """Shares of texts that mention each topic: left alone, and by what is done to the model.
 
     {"topics": {name: {"before", "after", "random", "logit_bias", "in_data": shares,
     "perplexity_before" and so on: those of the texts under the dense model, "codes"}},
     "mean": {...}, "budget"}. "in_data" is share_in_data.
     """
-    asked = [find_topic(run, name) for name in names]
-    if len({topic.title for topic in asked}) < len(asked):
-        raise ValueError("two topics begin with the same word, by which the table names them")
-    codes = {topic: codes_of_topic(run, topic, budget) for topic in asked}
+    codes = codes_of_topics(run, asked, budget)
+    effect = Effect(run)
     left_alone = continuations(run, [])
     topics = {}
     for topic in tqdm(asked, desc="steering", leave=False, disable=None):
-        topics[topic.title] = steer(run, topic, codes[topic], left_alone)
+        topics[topic.title] = steer(run, effect, topic, codes[topic], left_alone)
     mean = {}
     for measure in topics[asked[0].title]:
+        values = [row[measure] for row in topics.values() if row[measure] is not None]
         if measure != "codes":
-            mean[measure] = np.mean([row[measure] for row in topics.values()])
+            mean[measure] = np.mean(values) if values else None
     return {"topics": topics, "mean": mean, "budget": budget}
 
 
-def steer(run, topic, codes, left_alone):
+def steer(run, effect, topic, codes, left_alone):
     """A row of the table; left_alone: what `continuations` gives for no codes at all."""
-    effect = Effect(run, topic)
-    words = list(effect.words)
+    words = topic.tokens(run.tokenizer)
     words += [i for i, text in enumerate(run.data.vocabulary) if topic.counted_by.search(text)]
     others = random_codes(run, effect, codes, np.random.default_rng(0))
     made = {
@@ -129,7 +131,7 @@ def steer(run, topic, codes, left_alone):
         "random": continuations(run, others),
         "logit_bias": continuations(run, [], words),
     }
-    row = {"codes": codes, "in_data": share_in_data(run, topic, effect.words)}
+    row = {"codes": codes, "in_data": share_in_data(run, topic)}
     for way, (texts, perplexity) in made.items():
         row[way] = topic.count(texts) / len(texts)
         row[f"perplexity_{way}"] = perplexity
@@ -140,8 +142,9 @@ def describe(table):
     """The table for people."""
     head = f"{'texts that mention':20}" + "".join(f"{way:>12}" for way in (*WAYS, "in_data"))
     lines = [f"{head}   perplexity: the first four; codes"]
-    for name, row in {**table["topics"], "mean": table["mean"]}.items():
-        shares = "".join(f"{row[way]:12.1%}" for way in (*WAYS, "in_data"))
+    for name, row in [*table["topics"].items(), ("mean", table["mean"])]:
+        shares = "".join(f"{row[way]:12.1%}" for way in WAYS)
+        shares += f"{'-':>12}" if row["in_data"] is None else f"{row['in_data']:12.1%}"
         prices = "".join(f"{row[f'perplexity_{way}']:8.2f}" for way in WAYS)
         n_codes = f"{len(row['codes']):4}" if "codes" in row else ""
         lines.append(f"{name:20}{shares}   {prices}{n_codes}")

@@ -102,7 +102,7 @@ def fill(pattern, words, rng):
 
 def one_of(patterns):
     """The pattern of a word that is one of these, in any case."""
-    return re.compile(rf"\b({'|'.join(patterns)})\b", re.I)
+    return re.compile(rf"(?<!\w)({'|'.join(patterns)})(?!\w)", re.I)
 
 
 def read_words(lines):

@@ -1,9 +1,9 @@
-"""The codes of a topic, chosen by what they do: those that make its words more probable.
+"""The codes of a topic, chosen by what they do: those that make a text be about it.
 
-Codes that fire where a topic is the subject need not bring it about (paper, section 5.2, chooses
-them so). Here they are chosen one after the other, by measured effect: the code that, forced,
-raises the log-odds of the topic's words most where one of them comes next; then the one that does
-beside the first; and so on, as long as the dense model is surprised by no more than a budget.
+Codes that fire where a topic is the subject need not bring it about (paper, section 5.2, forces
+them all). So each of those that fire near its words is tried: the code is taken that, forced, turns
+what is said next the most towards the topic; then the one that does beside the first; and so on, as
+long as the dense model is surprised by no more than a budget.
 
 topic:dragon                     a topic of the stories, with its two lists of words
 words:king,queen/crown,throne    codes are chosen by king and queen, texts counted by the others
@@ -12,25 +12,29 @@ word:king                        both by one word: what is counted is then what 
 
 import json
 import re
+import zlib
 from collections import Counter
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from minicode.control import codes_of, force
+from minicode.control import Code, force
 from minicode.language.stories import one_of, stories
 from minicode.model import evaluating
 from minicode.runtime.files import read_json, write
+from minicode.study.detectors import detect, record_codes
 
-BUDGET = 0.2  # nats a token by which forced codes may surprise the dense model
+BUDGET = 0.25  # nats a token by which forced codes may surprise the dense model
 CHOICES = "steering.json"  # its name in a run's folder
 MOST = 12  # codes of a topic
-N_CANDIDATES = 12  # codes that are tried for each of them
-LENGTH = 48  # tokens of a text on which they are tried
-N_TEXTS = 48  # of such texts
+N_CANDIDATES = 8  # codes that are tried for each of them
+NEAR = 16  # tokens: a topic is what is said so near to its words
+N_WINDOWS = 1024  # of the text trained on, in which its words are looked for
+N_RECORDED = 512  # of them, those on which codes are recorded
+N_TRIED = 32  # and those on which codes are tried
 
 
 # -- topics
@@ -39,7 +43,7 @@ N_TEXTS = 48  # of such texts
 @dataclass(frozen=True)
 class Topic:
     name: str  # as it was asked for
-    chosen_by: re.Pattern  # the words that its codes are to make more probable
+    chosen_by: re.Pattern  # the words near which its codes fire
     counted_by: re.Pattern  # and those by which a text is said to mention it
 
     @property
@@ -52,12 +56,9 @@ class Topic:
         return sum(bool(self.counted_by.search(text)) for text in texts)
 
     def tokens(self, tokenizer):
-        """The tokens that are one of the words it is chosen by. ValueError if there are none."""
+        """The tokens that are one of the words it is chosen by."""
         pieces = tokenizer.ids.items()
-        found = [number for piece, number in pieces if self.chosen_by.fullmatch(piece.strip())]
-        if not found:
-            raise ValueError(f"{self.name}: none of its words is in the vocabulary of the run")
-        return found
+        return [number for piece, number in pieces if self.chosen_by.fullmatch(piece.strip())]
 
 
 def is_topic(text):
@@ -78,150 +79,154 @@ def find_topic(run, text):
     if len(lists) > 2 or not all(word.strip() for words in lists for word in words):
         raise ValueError(f"{text}: write words:king,queen, or words:king,queen/crown,throne")
     patterns = [one_of(re.escape(word.strip()) for word in words) for words in lists]
-    return Topic(text, patterns[0], patterns[-1])
+    topic = Topic(text, patterns[0], patterns[-1])
+    if not topic.tokens(run.tokenizer):
+        raise ValueError(f"{text}: none of its words is in the vocabulary of {run.folder}")
+    return topic
+
+
+def check_budget(budget):
+    if not 0 <= budget < float("inf"):
+        raise ValueError(f"budget must be a number of nats, at least 0, not {budget}")
 
 
 # -- their codes
 
 
-def codes_of_topic(run, topic, budget=BUDGET):
-    """The codes of a topic, as texts; chosen once, and kept with the run."""
+def codes_of_topics(run, topics, budget):
+    """{topic: its codes, as texts}, none where no code does anything; kept with the run."""
     run.sites()
     path = run.folder / CHOICES
-    known = read_json(path, dict) if path.exists() else {}
-    key = f"{topic.name} {budget:g}"
-    if key not in known:
-        known[key] = choose_codes(run, topic, budget)
+    weights = b"".join(book.codes.detach().cpu().numpy().tobytes() for book in books(run))
+    stamp = zlib.crc32(weights)  # of another model's codes nothing is taken
+    known = {}
+    if path.exists():
+        known = read_json(path, lambda data: checked(run, data, stamp))
+    missing = [topic for topic in topics if f"{topic.name} {budget:g}" not in known]
+    if missing:
+        effect = Effect(run)
+        for topic in missing:
+            known[f"{topic.name} {budget:g}"] = choose_codes(effect, topic, budget)
         with suppress(OSError):  # a folder that can't be written to does not keep it
-            write(path, json.dumps(known, indent=1))
-    return known[key]
+            write(path, json.dumps({"stamp": stamp, "codes": known}, indent=1))
+    return {topic: known[f"{topic.name} {budget:g}"] for topic in topics}
 
 
-def choose_codes(run, topic, budget):
-    """Forward choice by effect: see the top of this file. ValueError where no code has any."""
-    effect = Effect(run, topic)
-    best = effect.log_odds([])
-    most = effect.surprise([]) + budget
+def books(run):
+    return run.model.codebooks().values()
+
+
+def checked(run, data, stamp):
+    """The codes in what a file of choices holds, {name: codes}; nothing, if of another model."""
+    if data["stamp"] != stamp:
+        return {}
+    for codes in data["codes"].values():
+        for text in codes:
+            if Code.parse(text, run.model).position is not None:
+                raise ValueError(f"{text} names a position")
+        if type(codes) is not list or len(codes) > MOST:
+            raise ValueError("no list of codes")
+    return data["codes"]
+
+
+def choose_codes(effect, topic, budget):
+    """Forward choice by effect: see the top of this file."""
+    pull = effect.pull_of(topic)
+    if pull is None:
+        return []
+    candidates = effect.near(topic)
+    free = effect.after([])
+    best = (free @ pull).mean()
+    most = effect.surprise(free) + budget
     chosen = []
     with tqdm(desc=f"codes of {topic.title}", unit=" tried", leave=False, disable=None) as bar:
         while len(chosen) < MOST:
             found = {}
-            for code in effect.promising(chosen):
-                found[code] = effect.log_odds([*chosen, code])
+            for code in effect.with_room(candidates, chosen)[:N_CANDIDATES]:
+                p = effect.after([*chosen, code])
+                towards = (p @ pull).mean()
+                if towards > best and effect.surprise(p) <= most:
+                    found[code] = towards
+                else:
+                    candidates.remove(code)
                 bar.update()
-            better = [code for code in found if found[code] > best]
-            better.sort(key=found.get, reverse=True)
-            within = (code for code in better if effect.surprise([*chosen, code]) <= most)
-            code = next(within, None)
-            if code is None:
+            if not found:
                 break
+            code = max(found, key=found.get)
             chosen.append(code)
+            candidates.remove(code)
             best = found[code]
-    if not chosen:
-        cost = f"a cost of {budget:g} nats a token"
-        raise ValueError(f"{topic.name}: no code makes it more probable at {cost}")
-    return [str(code) for code in chosen]
+    return chosen
 
 
 class Effect:
-    """What codes do when they are forced everywhere: to a topic's words, and to all others."""
+    """What the codes of a run do when they are forced everywhere, measured on text trained on."""
 
-    def __init__(self, run, topic):
-        self.model = run.model
-        self.words = topic.tokens(run.tokenizer)
+    def __init__(self, run):
+        self.run = run
         rng = np.random.default_rng((run.config.seed, 5))
-        length = min(LENGTH, run.config.block_size)
-        tokens, self.at = places(run.data, self.words, length, rng)
-        if not len(tokens):
-            raise ValueError(f"{topic.name}: its words do not come in the text trained on")
-        self.tokens = torch.from_numpy(tokens).to(run.model.device)
-        text = run.data.sequences(rng, N_TEXTS // 2, length)
-        self.text = torch.from_numpy(text).to(run.model.device)
+        self.tokens = run.data.sequences(rng, N_WINDOWS, run.config.block_size)
+        self.recording = record_codes(run.model, self.tokens[:N_RECORDED])
+        self.tried = torch.from_numpy(self.tokens[:N_TRIED]).to(run.model.device)
         judge = run.dense or run.model
         with evaluating(judge):
-            logits, _ = judge(self.text)
+            logits, _ = judge(self.tried)
         self.expected = logits.log_softmax(-1)
 
-    def logits(self, tokens, codes):
-        """The model's, with codes forced: (n, T, vocab_size)."""
-        with evaluating(self.model), self.forcing(codes):
-            return self.model(tokens)[0]
+    def after(self, codes):
+        """The distribution of each next token with codes forced: (n, T, vocab_size)."""
+        model = self.run.model
+        with evaluating(model), force(model, codes):
+            logits, _ = model(self.tried)
+        return logits.softmax(-1)
 
-    def forcing(self, codes):
-        return force(self.model, [str(code) for code in codes])
-
-    def log_odds(self, codes):
-        """Of the topic's words, where one of them comes next, in nats; mean over such places."""
-        return self._log_odds(self.logits(self.tokens, codes)).item()
-
-    def surprise(self, codes):
-        """How much the next token, drawn by the model, surprises the dense one: nats a token."""
-        p = self.logits(self.text, codes).softmax(-1)
+    def surprise(self, p):
+        """How a token drawn from `after` surprises the dense model, on average: nats a token."""
         return -(p * self.expected).sum(-1).mean().item()
 
-    def promising(self, chosen):
-        """The codes that would raise the log-odds most beside those chosen, to first order.
+    def places(self, topic):
+        """Where one of the topic's words stands at most NEAR tokens away: bool (n, T)."""
+        there = np.isin(self.tokens, topic.tokens(self.run.tokenizer))
+        near = there.copy()
+        for distance in range(1, NEAR + 1):
+            near[:, distance:] |= there[:, :-distance]
+            near[:, :-distance] |= there[:, distance:]
+        return near
 
-        Forced, a code takes the place of the last of the k: the log-odds change by about their
-        difference times the slope of the log-odds at the codebook's output.
+    def pull_of(self, topic, smooth=20):
+        """How much more frequent each token is near the topic's words, in nats: (vocab_size,).
+
+        0 for the words by which texts are counted: they take no part in the choice. None where the
+        topic's words do not come at all.
         """
-        gains = []
-        codes = []
-        for site, slope in self.slopes(chosen).items():
-            codebook = self.model.codebooks()[site]
-            slope = slope.unflatten(-1, (codebook.groups, -1))  # (n, T, G, d)
-            last = codebook.sum_codes(codebook.ids[..., -1:])
-            lost = (slope * last).sum((0, 1, 3)).unsqueeze(-1)  # (G, 1)
-            gain = torch.einsum("ntgd,gcd->gc", slope, codebook.codes.detach()) - lost
-            gains += gain.flatten().tolist()
-            codes += codes_of(site, codebook)
-        n_chosen = Counter((code.site, code.group) for code in chosen)
-        found = []
-        for number in np.argsort(-np.array(gains)):
-            code = codes[number]
-            room = self.model.codebooks()[code.site].k - n_chosen[code.site, code.group]
-            if room and code not in chosen:
-                found.append(code)
-            if len(found) == N_CANDIDATES:
-                break
-        return found
+        near = self.places(topic)
+        if not near.any():
+            return None
+        n_tokens = self.run.data.vocab_size
+        everywhere = np.bincount(self.tokens.ravel(), minlength=n_tokens)
+        here = np.bincount(self.tokens[near], minlength=n_tokens)
+        expected = near.mean()
+        share = (here + smooth * expected) / (everywhere + smooth)
+        pull = np.log(share / expected)
+        for token, text in enumerate(self.run.data.vocabulary):
+            if topic.counted_by.search(text) and not topic.chosen_by.search(text):
+                pull[token] = 0
+        return torch.tensor(pull, dtype=torch.float32, device=self.tried.device)
 
-    def slopes(self, chosen):
-        """Of the log-odds, at the output of each codebook: {site: (n, T, groups * dim)}."""
-        outputs = {}
+    def near(self, topic):
+        """The codes that detect the places near the topic's words best, best first."""
+        labels = np.where(self.places(topic)[:N_RECORDED], 0, -1)
+        found = detect(self.recording, labels, [topic.title])
+        best_first = np.argsort(-found.f1[:, 0], kind="stable")
+        return [str(self.recording.names[i]) for i in best_first[: 5 * N_CANDIDATES]]
 
-        def keep(codebook, inputs, output):
-            outputs[codebook] = output
-
-        codebooks = self.model.codebooks()
-        with ExitStack() as stack:
-            for codebook in codebooks.values():
-                stack.callback(codebook.register_forward_hook(keep).remove)
-            with evaluating(self.model), torch.enable_grad(), self.forcing(chosen):
-                odds = self._log_odds(self.model(self.tokens)[0])
-        slopes = torch.autograd.grad(odds, [outputs[codebook] for codebook in codebooks.values()])
-        return dict(zip(codebooks, slopes))
-
-    def _log_odds(self, logits):
-        here = logits[torch.arange(len(self.at)), self.at].double()  # (n, vocab_size)
-        p = here.softmax(-1)[:, self.words].sum(-1)
-        return torch.logit(p, eps=1e-12).mean()
-
-
-def places(data, words, length, rng):
-    """Text trained on, and where one of the words comes next: tokens (n, length), positions (n,).
-
-    None of the words is among the tokens before.
-    """
-    tokens = []
-    at = []
-    for _ in range(64):
-        windows = data.sequences(rng, 128, length + 1)
-        comes = np.isin(windows, words)
-        first = comes.argmax(1)
-        use = comes.any(1) & (first >= length // 3)
-        tokens += list(windows[use, :-1])
-        at += list(first[use] - 1)
-        if len(at) >= N_TEXTS:
-            break
-    return np.array(tokens[:N_TEXTS]), torch.tensor(at[:N_TEXTS])
+    def with_room(self, candidates, chosen):
+        """Those that can be forced beside the chosen ones: at most k of one codebook are."""
+        model = self.run.model
+        places = Counter(text.rpartition(".")[0] for text in chosen)
+        free = []
+        for text in candidates:
+            k = model.codebooks()[Code.parse(text, model).site].k
+            if places[text.rpartition(".")[0]] < k:
+                free.append(text)
+        return free

@@ -26,9 +26,12 @@ def check_search(x, codes, k, similarity, selection, blocked):
         raise ValueError(f"k must be from 1 to the {n_codes} codes of the codebook, not {k}")
     check_one_of("similarity", similarity, SIMILARITIES)
     check_one_of("selection", selection, SELECTIONS)
-    if blocked is not None and blocked.shape != (*x.shape[:-1], n_codes):
+    if blocked is not None:
         wanted = (*x.shape[:-1], n_codes)
-        raise ValueError(f"blocked must be {wanted}, not {tuple(blocked.shape)}")
+        if not isinstance(blocked, torch.Tensor) or blocked.dtype != torch.bool:
+            raise TypeError(f"blocked must be a tensor of bool {wanted}")
+        if blocked.shape != wanted:
+            raise ValueError(f"blocked must be {wanted}, not {tuple(blocked.shape)}")
 
 
 def check_one_of(name, value, values):

@@ -15,7 +15,7 @@ from minicode.study.page import page, write_report
 def study(run, recording, kinds, topics, budget, folder):
     """Every measure that there is for this run; its figures go to a folder too, if there is one.
 
-    topics: those to steer to, as language.topics writes them, at a cost of `budget`.
+    topics: those to steer to, at a cost of `budget`.
     """
     labels = best_labels(recording, kinds)
     detected = [kinds[kind] for kind in run.data.detected]
@@ -35,7 +35,7 @@ def study(run, recording, kinds, topics, budget, folder):
         best = np.minimum(found.precision, found.recall).max(0)
         detectors["states_with_code"] = float((best >= 0.95).mean())
         result["control"] = control_study(run)
-    if topics and run.config.block_size >= 16:  # room for the prompts, and for more
+    if topics:
         result["steering"] = steering.steering_table(run, topics, budget)
     drawn = draw(result, points)
     write(run.folder / "interpret.json", json.dumps(result, indent=1))
