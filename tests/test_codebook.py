@@ -122,6 +122,19 @@ def test_each_fit_of_the_start_is_near_least_squares_and_lowers_the_error(select
     assert error == sorted(error, reverse=True) and error[-1] < 0.6 * error[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_start_and_training_in_every_type(dtype):
+    torch.manual_seed(0)
+    book = Codebook(20, 4, k=2, groups=2, similarity="distance").to(dtype)
+    x = torch.randn(500, 8, dtype=dtype)
+    book.start(x)
+    loss = (book(x) - x).square().mean()
+    assert loss < 0.2
+    loss.backward()
+    assert book.codes.dtype == book.codes.grad.dtype == dtype
+    assert (book.usage.sum(1) == 1000).all()
+
+
 def test_pursuit_rebuilds_better_than_the_nearest():
     torch.manual_seed(0)
     x = torch.randn(3000, 8)

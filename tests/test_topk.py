@@ -432,6 +432,10 @@ E = torch.zeros(5, 4)
         ((X.tolist(), E), TypeError, "x must be a tensor"),
         ((X, E.to("meta")), ValueError, "x is on cpu but codes are on meta"),
         ((X, E, 1, "cosinus"), ValueError, "similarity must be one of"),
+        ((X, E, 1, "dot", "best"), ValueError, "selection must be one of pursuit, nearest"),
+        ((X, E, 1, "dot", "nearest", X), TypeError, r"blocked must be a tensor of bool \(3, 5\)"),
+        ((X, E, 1, "dot", "nearest", [True]), TypeError, "blocked must be a tensor of bool"),
+        ((X, E, 1, "dot", "nearest", X.bool()), ValueError, r"blocked must be \(3, 5\), not"),
     ],
 )
 def test_bad_arguments_are_named(arguments, error, words):
