@@ -9,6 +9,7 @@ run it was at.
 """
 
 import json
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
@@ -44,7 +45,8 @@ def main(argv=None):
     for idea in args.only or table.rows:
         results = []
         for seed in range(args.seeds):
-            folder = args.out / args.table / f"{idea.replace(' ', '-')}-{seed}"
+            name = "-".join([*re.findall(r"\w+", idea), str(seed)])
+            folder = args.out / args.table / name
             flags = f"--steps {steps} --eval-every {max(1, steps // 20)} --seed {seed}".split()
             flags += table.rows[idea].split()
             if args.data:
