@@ -129,7 +129,7 @@ def describe(run, result):
     for name, n_free in result["mentions_free"].items():
         n_forced = result["mentions"][name]
         title = topics.find_topic(run, name).title
-        text += f"\nabout {title}: {n_free} {of} left alone, {n_forced} {of} forced"
+        text += f"\nwords about {title}: {n_free} {of} left alone, {n_forced} {of} forced"
     return text
 
 

@@ -334,7 +334,7 @@ def test_forced_topic_is_named_and_its_mentions_are_counted(interpreted_run, cap
     assert forced == "forced: " + " ".join(codes)
     n_free, n_forced = result["mentions_free"], result["mentions"]
     assert mentions == (
-        f"about {title}: {n_free[name]} of 3 left alone, {n_forced[name]} of 3 forced"
+        f"words about {title}: {n_free[name]} of 3 left alone, {n_forced[name]} of 3 forced"
     )
 
 
@@ -358,8 +358,8 @@ def test_several_names_are_all_told_and_the_prompt_does_not_count(stories_run, c
     assert "\n\ntopic:dragon words:king,queen/crown forced:\n\n" in out
     assert out.splitlines()[-3:] == [
         "forced: head.0.0.3 head.0.1.5 head.1.0.2",
-        "about dragon: 0 of 2 left alone, 0 of 2 forced",
-        "about king: 0 of 2 left alone, 0 of 2 forced",
+        "words about dragon: 0 of 2 left alone, 0 of 2 forced",
+        "words about king: 0 of 2 left alone, 0 of 2 forced",
     ]
 
 
