@@ -166,7 +166,9 @@ class Codebook(nn.Module):
         self.codes.copy_(self._seeds(a, self.n_codes, generator))
         for _ in range(rounds):
             ids, _ = self._nearest(a, self.codes)  # (G, N)
-            count, total = self._gather(ids.T.unsqueeze(-1), inputs)
+            ids = ids.T.unsqueeze(-1)  # (N, G, 1)
+            count = self.count(ids).unsqueeze(-1)  # (G, C, 1)
+            total = self._gather(ids, inputs)
             self.codes.copy_(torch.where(count > 0, total / count.clamp_min(1), self.codes))
         self.codes /= self.k
         for _ in range(rounds if self.k > 1 else 0):
@@ -181,11 +183,10 @@ class Codebook(nn.Module):
         group at a time; by five steps of conjugate gradients, for which SᵀS need not be stored.
         """
         ids = self.search(a)  # (N, G, k)
-        _, lack = self._gather(ids, a - self.sum_codes(ids))  # (G, C, d)
+        lack = self._gather(ids, a - self.sum_codes(ids))  # (G, C, d)
         towards = lack
         for _ in range(5):
-            _, pull = self._gather(ids, self._sum(towards, ids))
-            pull += towards
+            pull = self._gather(ids, self._sum(towards, ids)) + towards
             error = lack.square().sum(1, keepdim=True)  # (G, 1, d): each dimension goes its own way
             length = error / (towards * pull).sum(1, keepdim=True).clamp_min(1e-30)
             self.codes += length * towards
@@ -194,14 +195,11 @@ class Codebook(nn.Module):
             towards = lack + turn * towards
 
     def _gather(self, ids, values):
-        """How often ids (N, G, k) name each code, and the sum of values (N, G, d) where they do.
-
-        Both by code: (G, C, 1) and (G, C, d).
-        """
+        """By code, the sum of values (N, G, d) where ids (N, G, k) name it: (G, C, d)."""
         total = torch.zeros_like(self.codes, dtype=values.dtype)
         for rows in self._rows(ids).flatten(0, 1).T:  # k of (N * G)
             total.view(-1, self.dim).index_add_(0, rows, values.flatten(0, 1))
-        return self.count(ids).unsqueeze(-1), total
+        return total
 
     def _nearest(self, a, codes):
         """For each of a (G, N, d): the nearest code's id, its squared distance; both (G, N)."""

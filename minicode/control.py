@@ -16,9 +16,8 @@ import torch
 from minicode.model import evaluating
 
 GENERATED = "generated"  # the positions at which the tokens after the prompt are sampled
-NOTATION = re.compile(
-    r"(\w+\.\d+)(?:\.(\d+))?\.(\d+)(?:@(-?\d{1,9}))?"
-)  # site, group, code, position
+# Site, group, code, position.
+NOTATION = re.compile(r"(\w+\.\d+)(?:\.(\d+))?\.(\d+)(?:@(-?\d{1,9}))?")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ N_SAMPLES = 10  # stories that continue each of the prompts
 PROMPTS = ("Once upon a time", "One day, a", "Long ago, in a land far away", "There was once a")
 N_PASSAGES = 64  # held-out passages of your own text that are continued
 GIVEN = 16  # tokens of each
-N_RANDOM = 16  # sets of random codes, of which the one is taken that surprises as much
+N_RANDOM = 16  # sets of random codes, of which the one is taken that is nearest in surprise
 BIAS = 2.0  # nats that the baseline adds to the logits of a topic's words
 WAYS = ("before", "after", "random", "logit_bias")
 
@@ -60,9 +60,9 @@ def continuations(run, codes, words=()):
 
 
 def random_codes(run, effect, codes, rng):
-    """As many random codes of the same heads, none of them in `codes`, that surprise as much.
+    """As many random codes of the same heads, none of them in `codes`.
 
-    Of N_RANDOM sets it is the one that comes nearest.
+    Of N_RANDOM sets it is the one that surprises the dense model the most nearly as they do.
     """
     wanted = effect.surprise(effect.after(codes))
     sets = {}
@@ -81,8 +81,7 @@ def random_codes(run, effect, codes, rng):
 def share_in_data(run, topic, most=512):
     """Of texts as long that follow one of its words in the training text: how many mention it.
 
-    What steering can be compared with: a text that is about the topic does no better. None where
-    there are no such texts.
+    What steering can be compared with. None where there are no such texts.
     """
     words = topic.tokens(run.tokenizer)
     length = min(run.data.sample_length, run.config.block_size)
@@ -123,7 +122,7 @@ def steering_table(run, asked, budget):
 def steer(run, effect, topic, codes, left_alone):
     """A row of the table; left_alone: what `continuations` gives for no codes at all."""
     words = topic.tokens(run.tokenizer)
-    words += [i for i, text in enumerate(run.data.vocabulary) if topic.counted_by.search(text)]
+    words += topic.counted_tokens(run.data.vocabulary)
     others = random_codes(run, effect, codes, np.random.default_rng(0))
     made = {
         "before": left_alone,

@@ -159,13 +159,7 @@ class Text:
         return self._windows(rng, n, length, held_out=True)[0]
 
     def passages(self, n, length):
-        """Held-out text (n, length): beginnings of stories, or evenly spaced windows of your own.
-
-        Fewer where these would overlap.
-        """
-        if not self.data:
-            rng = np.random.default_rng(4)
-            return np.concatenate([self.held_out(rng, 1, length) for _ in range(n)])
+        """Evenly spaced windows (n, length) of the user's held-out text, fewer if it is short."""
         part = self.parts[1]
         n = min(n, len(part) // length)
         starts = np.linspace(0, len(part) - length, n).astype(int)

@@ -16,6 +16,7 @@ import zlib
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -60,6 +61,10 @@ class Topic:
         pieces = tokenizer.ids.items()
         return [number for piece, number in pieces if self.chosen_by.fullmatch(piece.strip())]
 
+    def counted_tokens(self, vocabulary):
+        """The tokens in whose text, by a run's vocabulary, one of the counted words stands."""
+        return [number for number, text in enumerate(vocabulary) if self.counted_by.search(text)]
+
 
 def is_topic(text):
     return text.startswith(("topic:", "word:", "words:"))
@@ -97,23 +102,21 @@ def codes_of_topics(run, topics, budget):
     """{topic: its codes, as texts}, none where no code does anything; kept with the run."""
     run.sites()
     path = run.folder / CHOICES
-    weights = b"".join(book.codes.detach().cpu().numpy().tobytes() for book in books(run))
+    keys = {topic: f"{topic.name} {budget:g}" for topic in topics}
+    codebooks = run.model.codebooks().values()
+    weights = b"".join(book.codes.detach().cpu().numpy().tobytes() for book in codebooks)
     stamp = zlib.crc32(weights)  # of another model's codes nothing is taken
     known = {}
     if path.exists():
         known = read_json(path, lambda data: checked(run, data, stamp))
-    missing = [topic for topic in topics if f"{topic.name} {budget:g}" not in known]
+    missing = [topic for topic in topics if keys[topic] not in known]
     if missing:
         effect = Effect(run)
         for topic in missing:
-            known[f"{topic.name} {budget:g}"] = choose_codes(effect, topic, budget)
+            known[keys[topic]] = choose_codes(effect, topic, budget)
         with suppress(OSError):  # a folder that can't be written to does not keep it
             write(path, json.dumps({"stamp": stamp, "codes": known}, indent=1))
-    return {topic: known[f"{topic.name} {budget:g}"] for topic in topics}
-
-
-def books(run):
-    return run.model.codebooks().values()
+    return {topic: known[key] for topic, key in keys.items()}
 
 
 def checked(run, data, stamp):
@@ -121,11 +124,11 @@ def checked(run, data, stamp):
     if data["stamp"] != stamp:
         return {}
     for codes in data["codes"].values():
+        if type(codes) is not list or len(codes) > MOST:
+            raise ValueError("no list of codes")
         for text in codes:
             if Code.parse(text, run.model).position is not None:
                 raise ValueError(f"{text} names a position")
-        if type(codes) is not list or len(codes) > MOST:
-            raise ValueError("no list of codes")
     return data["codes"]
 
 
@@ -166,12 +169,16 @@ class Effect:
         self.run = run
         rng = np.random.default_rng((run.config.seed, 5))
         self.tokens = run.data.sequences(rng, N_WINDOWS, run.config.block_size)
-        self.recording = record_codes(run.model, self.tokens[:N_RECORDED])
         self.tried = torch.from_numpy(self.tokens[:N_TRIED]).to(run.model.device)
         judge = run.dense or run.model
         with evaluating(judge):
             logits, _ = judge(self.tried)
         self.expected = logits.log_softmax(-1)
+
+    @cached_property
+    def recording(self):
+        """The codes that fire in the first N_RECORDED windows; only a choice needs them."""
+        return record_codes(self.run.model, self.tokens[:N_RECORDED])
 
     def after(self, codes):
         """The distribution of each next token with codes forced: (n, T, vocab_size)."""
@@ -208,8 +215,9 @@ class Effect:
         expected = near.mean()
         share = (here + smooth * expected) / (everywhere + smooth)
         pull = np.log(share / expected)
-        for token, text in enumerate(self.run.data.vocabulary):
-            if topic.counted_by.search(text) and not topic.chosen_by.search(text):
+        vocabulary = self.run.data.vocabulary
+        for token in topic.counted_tokens(vocabulary):
+            if not topic.chosen_by.search(vocabulary[token]):
                 pull[token] = 0
         return torch.tensor(pull, dtype=torch.float32, device=self.tried.device)
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import field, fields
 
 from minicode.runtime import processes
+from minicode.runtime.arguments import check_one_of
 
 
 def option(default, help, flag=True, section=None, **valid):
@@ -25,9 +26,8 @@ def check_options(config):
         valid = f.metadata
         if not isinstance(value, (int, float) if f.type is float else f.type):
             raise ValueError(f"{f.name} must be of type {f.type.__name__}, not {value!r}")
-        if "choices" in valid and value not in valid["choices"]:
-            one_of = ", ".join(valid["choices"])
-            raise ValueError(f"{f.name} must be one of {one_of}, not {value!r}")
+        if "choices" in valid:
+            check_one_of(f.name, value, valid["choices"])
         if "least" in valid and not value >= valid["least"]:
             raise ValueError(f"{f.name} must be at least {valid['least']}, not {value}")
         if "below" in valid and not value < valid["below"]:

@@ -83,7 +83,7 @@ def draw(result, points):
         series = {
             "left alone": [row["before"] for row in rows.values()],
             "its codes forced": [row["after"] for row in rows.values()],
-            "random codes, as many and as costly": [row["random"] for row in rows.values()],
+            "as many random codes forced": [row["random"] for row in rows.values()],
             "2 nats added to its words' logits": [row["logit_bias"] for row in rows.values()],
         }
         text = {"title": "Steering by topic", "x": "share of texts that mention the topic"}
