@@ -29,6 +29,7 @@ class FSM:
     vocabulary          the text of each token
     """
 
+    model = None  # of transformers: none
     file = "fsm.json"  # its name in a run's folder
     most_block = math.inf  # tokens in a block, for there is no end to the data
     sample_length = 24  # tokens of a sample
@@ -217,6 +218,10 @@ class FSM:
     def __eq__(self, other):
         return isinstance(other, FSM) and self.to_json() == other.to_json()
 
+    def sizes(self):
+        """What the configuration of a model has to be for these data."""
+        return {"vocab_size": self.vocab_size}
+
     def files(self):
         """What a run's folder keeps of the data, by file."""
         return {self.file: json.dumps(self.to_json())}
@@ -229,7 +234,7 @@ class FSM:
         return {**asdict(self), "successors": self.successors.tolist()}
 
     @classmethod
-    def from_json(cls, data):
+    def from_json(cls, data, folder):
         """The machine that to_json described; its edges are the saved ones, whatever NumPy draws.
 
         ValueError for what describes none.

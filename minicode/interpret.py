@@ -13,8 +13,8 @@ import json
 import sys
 from pathlib import Path
 
-from minicode.control import Code
 from minicode.language.topics import BUDGET, check_budget, find_topic
+from minicode.notation import Code
 from minicode.runtime.options import Parser
 from minicode.runtime.runs import latest_run, load_run
 from minicode.study.detectors import held_out, record_codes

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minicode.codebook import Codebook
+from minicode.codebook import Codebook, Positions, codebooks
 from minicode.runtime.arguments import SELECTIONS, SIMILARITIES
 from minicode.runtime.options import check_options, option
 
@@ -159,9 +159,12 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # For minicode.control: the positions of the last forward pass, and the prompt's length.
-        self.span = range(0)
-        self.prompt_length = 0
+        self.positions = Positions()
+        for layer, block in enumerate(self.h):
+            for path, codebook in codebooks(block).items():  # such as mlp.mlp_codebook
+                site = path.rpartition(".")[-1].removesuffix("_codebook")
+                codebook.name = f"{site}.{layer}"
+                codebook.positions = self.positions
         # nanoGPT starts all at 0.02; at 64 dimensions that costs TokFSM half of its training.
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
@@ -170,23 +173,13 @@ class GPT(nn.Module):
                     std /= (2 * config.n_layer) ** 0.5
                 nn.init.normal_(weight, std=std)
 
-    def codebooks(self):
-        """The codebooks by name, such as "mlp.1", in the order in which the network runs them."""
-        found = {}
-        for name, module in self.named_modules():
-            if isinstance(module, Codebook):
-                _, layer, *_, attribute = name.split(".")  # such as h.1.mlp.mlp_codebook
-                found[f"{attribute.removesuffix('_codebook')}.{layer}"] = module
-        return found
-
     @property
     def device(self):
         return self.wte.weight.device
 
-    def use_codebooks(self, on):
-        """Switches all codebooks on or off, in place; without them this is the dense model."""
-        for codebook in self.codebooks().values():
-            codebook.enabled = on
+    def hidden(self):
+        """The modules that the hidden activations of the MLPs go into, layer by layer."""
+        return [block.mlp.mlp_mid_codebook for block in self.h]
 
     def forward(self, tokens, targets=None, cache=None):
         past = cache[self.h[0].attn][0].shape[2] if cache else 0
@@ -196,8 +189,7 @@ class GPT(nn.Module):
             raise ValueError(f"{end} tokens are more than the block_size of {most}")
         if past and end > past + 1:
             raise ValueError("what follows a cache is run one token at a time")
-        self.span = range(past, end)
-        self.prompt_length = self.prompt_length if past else end
+        self.positions.advance(torch.arange(past, end).unsqueeze(0), past > 0)
         x = self.wte(tokens) + self.wpe.weight[past:end]  # (B, T, n_embd)
         for block in self.h:
             x = block(x, cache)

@@ -165,14 +165,19 @@ def pursue_in_chunks(x, codes, k, similarity, blocked=None):
     scale, offset = scale_and_offset(codes, similarity)
     table = (codes * scale.mT).mT  # (G, d, C)
     gram = None
+    by_extension = x.is_cpu and blocked is None and native.serves(x, k)
     pays = x.shape[1] * k >= n_codes
     fits = groups * n_codes**2 <= 1 << 26  # 256 MB
     if pays and fits:
         gram = change_by_choice(codes, table)  # (G, C, C)
-    most = 1 << 24 if x.is_cuda else 1 << 18
+    most = 1 << 24 if x.is_cuda else 1 << 21 if by_extension else 1 << 18
     found = []
     for left, bad in chunks(x, n_codes, blocked, most):
-        scores = finite(torch.baddbmm(offset, left, table))  # (G, n, C)
+        if gram is not None and by_extension:
+            products = torch.bmm(left, table)  # (G, n, C)
+            found.append(torch.ops.minicode_native.pursue(products, offset, gram, k))
+            continue
+        scores = finite(torch.baddbmm(offset, left, table))
         if bad is not None:
             scores.masked_fill_(bad, -torch.inf)
         chosen = []

@@ -9,18 +9,22 @@ one, to the last bit.
 import math
 import sys
 import time
+from contextlib import ExitStack
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from minicode.codebook import codebooks
 from minicode.fsm import FSM
+from minicode.hooks import start_codebooks
 from minicode.model import evaluating
 from minicode.runtime import processes
 from minicode.runtime.files import write_tensors
 from minicode.runtime.progress import bar, describe, say, show
 from minicode.runtime.session import save_checkpoint, stop_signals, summarise
 from minicode.study.detectors import usage
+from minicode.study.fidelity import Errors, zeroed
 from minicode.study.machine import accuracies
 
 
@@ -49,31 +53,24 @@ def batch(config, data, device, *key):
 
 def active_codebooks(model):
     """The codebooks that are in use, by name."""
-    codebooks = model.codebooks().items()
-    return {name: codebook for name, codebook in codebooks if codebook.enabled}
+    books = codebooks(model).items()
+    return {name: codebook for name, codebook in books if codebook.enabled}
 
 
-def start_codebooks(session, generator):
-    """Starts each codebook by k-means on what reaches it, in order: on sums of earlier codes."""
+def begin_codebooks(session, generator):
+    """Starts the codebooks from what the model makes of 32 tokens a code."""
     config = session.config
     model = session.model
     processes.first(write_tensors, session.folder / "dense.pt", model.state_dict())
+    if session.step == 0:
+        processes.first(look, session)
     say("starting the codebooks by k-means")
-    inputs = []  # of the codebook whose turn it is
-
-    def keep_input(codebook, arguments):
-        inputs.append(arguments[0].flatten(0, -2))
-
-    for codebook in bar(model.codebooks().values(), desc="k-means", leave=False):
-        n_inputs = 32 * max(codebook.n_codes, 1024)
-        n_batches = math.ceil(n_inputs / (config.batch_size * config.block_size))
-        inputs.clear()
-        with evaluating(model), codebook.register_forward_pre_hook(keep_input):
-            for i in range(n_batches):
-                x, _ = batch(config, session.data, model.device, 1, i)
-                model(x)
-        codebook.enabled = True
-        codebook.start(torch.cat(inputs)[:n_inputs], generator=generator)
+    most = max(codebook.n_codes for codebook in codebooks(model).values())
+    n_batches = math.ceil(32 * max(most, 1024) / (config.batch_size * config.block_size))
+    batches = [batch(config, session.data, model.device, 1, i)[0] for i in range(n_batches)]
+    start_codebooks(model, torch.cat(batches), generator=generator)
+    if session.step == 0:
+        processes.first(look, session)
 
 
 def train_step(model, forward, optimizer, config, step, data):
@@ -101,18 +98,21 @@ def train_step(model, forward, optimizer, config, step, data):
 def evaluate(model, data, seed, n):
     """The measures of a model on n fresh sequences, by the names of design.md, ready for JSON."""
     tokens = data.held_out(np.random.default_rng((seed, 2)), n, model.config.block_size + 1)
-    codebooks = active_codebooks(model)
-    counts = {name: torch.zeros_like(codebook.usage) for name, codebook in codebooks.items()}
+    books = active_codebooks(model)
+    counts = {name: torch.zeros_like(codebook.usage) for name, codebook in books.items()}
     loss = 0.0
     accuracy = 0.0
-    for part in torch.from_numpy(tokens).to(model.device).split(64):
+    errors = {name: Errors() for name in books}
+    for part in torch.from_numpy(tokens).to(model.device).split(8 if data.model else 64):
         targets = part[:, 1:]
-        with evaluating(model):
+        with evaluating(model), ExitStack() as stack:
+            for name, codebook in books.items():
+                stack.enter_context(codebook.register_forward_hook(errors[name].add))
             logits, part_loss = model(part[:, :-1], targets)
         right = (logits.argmax(-1) == targets).float().mean()
         loss += part_loss.item() * len(part) / n
         accuracy += right.item() * len(part) / n
-        for name, codebook in codebooks.items():
+        for name, codebook in books.items():
             counts[name] += codebook.count(codebook.ids)
     figures = {"loss": loss, "accuracy": accuracy, **data.measures(tokens, loss)}
     if isinstance(data, FSM):
@@ -121,6 +121,11 @@ def evaluate(model, data, seed, n):
         every = torch.cat([count.flatten() for count in counts.values()])
         figures["dead_code_fraction"] = (every == 0).float().mean().item()
         figures["sites"] = usage(counts)
+        for name, site in figures["sites"].items():
+            site["fvu"] = errors[name].fvu()
+        figures["fvu"] = np.mean([error.fvu() for error in errors.values()]).item()
+        chosen = [codebook.groups * codebook.k for codebook in books.values()]
+        figures["codes_per_token"] = sum(chosen)
     return figures
 
 
@@ -140,8 +145,8 @@ def train(session):
         for step in range(session.step, config.steps):
             seed = config.seed * 1_000_003 + step
             generator = torch.Generator(model.device).manual_seed(seed % 2**63)
-            if step == config.dense_steps > 0:
-                start_codebooks(session, generator)
+            if step == session.start_step:
+                begin_codebooks(session, generator)
                 forward = wrapped(session)
 
             loss = train_step(model, forward, session.optimizer, config, step, session.data)
@@ -151,7 +156,7 @@ def train(session):
 
             if config.revival_is_due(session.step):
                 check_weights(session)
-                for codebook in model.codebooks().values():
+                for codebook in codebooks(model).values():
                     codebook.revive(session.optimizer, generator=generator)
             if config.checkpoint_is_due(session.step) or stopped:
                 processes.first(keep, session)
@@ -164,7 +169,7 @@ def train(session):
 def wrapped(session):
     """The model as a step calls it: compiled if that is asked for, in step with other processes."""
     model = session.model
-    waiting = len(active_codebooks(model)) < len(model.codebooks())
+    waiting = len(active_codebooks(model)) < len(codebooks(model))
     forward = torch.compile(model) if session.config.compile else model
     return processes.wrap(forward, unused=waiting)
 
@@ -181,13 +186,26 @@ def check_weights(session):
 def keep(session):
     """Evaluates, if it is time to, and saves what there is so far."""
     check_weights(session)
+    if session.config.evaluation_is_due(session.step):
+        look(session)
+    save_checkpoint(session)
+
+
+def n_evaluated(data):
+    """Held-out sequences that the final figures are of."""
+    return 128 if data.model else 1024
+
+
+def look(session):
+    """Evaluates, and adds a line to the metrics."""
     config = session.config
     done = session.step
-    if config.evaluation_is_due(done):
-        n = 256 if done < config.steps else 1024
-        figures = evaluate(session.model, session.data, config.seed, n)
-        tokens = done * config.batch_size * config.block_size
-        session.metrics.append({"step": done, "tokens": tokens, **figures})
-        tqdm.write(describe(session.metrics[-1]))
-        sys.stdout.flush()  # for a log, which has no bar
-    save_checkpoint(session)
+    n = n_evaluated(session.data) // (1 if done == config.steps else 4)
+    figures = evaluate(session.model, session.data, config.seed, n)
+    if done == config.steps and "sites" in figures:
+        with zeroed(session.model):
+            figures["loss_zero"] = evaluate(session.model, session.data, config.seed, n)["loss"]
+    tokens = done * config.batch_size * config.block_size
+    session.metrics.append({"step": done, "tokens": tokens, **figures})
+    tqdm.write(describe(session.metrics[-1]))
+    sys.stdout.flush()  # for a log, which has no bar

@@ -1,9 +1,17 @@
 """python -m minicode.train_text: trains a language model with codebooks on stories or your text."""
 
+import json
 import sys
+from dataclasses import replace
 
+from minicode.language.pretrained import Pretrained
 from minicode.language.text import Text
 from minicode.runtime.command import command, table
+from minicode.runtime.files import write
+from minicode.runtime.progress import bar
+from minicode.runtime.session import make_optimizer
+from minicode.study.fidelity import loss_recovered
+from minicode.train import evaluate, n_evaluated, train_step
 
 PRESETS = {
     "default": {
@@ -21,7 +29,32 @@ PRESETS = {
         "commitment": 0.5,
     },
 }
-ROWS = ("loss", "perplexity", "accuracy", "bits_per_byte", "dead_code_fraction", "gain_kept")
+# A pretrained model is finetuned: the preset that --model begins with.
+PRESETS["pretrained"] = {
+    "codebooks": "head,mlp",
+    "n_codes": 1024,
+    "n_codes_head": 1024,
+    "k": 8,
+    "groups_mlp": 16,
+    "block_size": 256,
+    "batch_size": 8,
+    "steps": 500,
+    "eval_every": 100,
+    "lr": 1e-4,
+    "dense_share": 0.0,
+    "commitment": 0.0,
+}
+ROWS = (
+    "loss",
+    "perplexity",
+    "accuracy",
+    "bits_per_byte",
+    "dead_code_fraction",
+    "fvu",
+    "codes_per_token",
+    "gain_kept",
+    "loss_recovered",
+)
 
 
 def main(argv=None):
@@ -32,13 +65,37 @@ def compare(run):
     """A run's figures beside those of a model that knows each token's frequency alone.
 
     gain_kept: of the dense model's gain over that one, the share that the codebooks keep.
+    loss_recovered: the same, over a model whose sites are zero. Of a pretrained model it is its
+    twin with which both are compared: the dense model, finetuned on the very same batches.
     """
     summary = dict(run.summary)
     unigram = summary["loss_unigram"]
-    if summary["dense"]:
-        dense_gain = unigram - summary["dense"]["loss"]
-        summary["gain_kept"] = (unigram - summary["loss"]) / dense_gain
-    return table(summary, {"unigram": {"loss": unigram}}, ROWS)
+    others = {"unigram": {"loss": unigram}}
+    dense = summary["dense"]
+    if run.data.model and dense:
+        summary["twin"] = dense = summary.get("twin") or finetune_twin(run)
+        others = {"dense, finetuned alike": dense, "codes, not finetuned": summary["started"]}
+    if dense:
+        summary["gain_kept"] = (unigram - summary["loss"]) / (unigram - dense["loss"])
+        zero = summary["loss_zero"]
+        summary["loss_recovered"] = loss_recovered(summary["loss"], dense["loss"], zero)
+        others["sites zero"] = {"loss": zero}
+    return table(summary, others, ROWS)
+
+
+def finetune_twin(run):
+    """The figures of a run's dense model, trained on as the run was, on the very same batches."""
+    config = replace(run.config, codebooks="none")
+    model = Pretrained(config, run.data.model, weights=False).to(run.model.device)
+    own = model.state_dict()
+    model.load_state_dict({name: run.dense.state_dict()[name] for name in own})
+    optimizer = make_optimizer(model, config)
+    model.train()
+    for step in bar(range(run.config.dense_steps, config.steps), desc="its dense twin"):
+        train_step(model, model, optimizer, run.config, step, run.data)
+    figures = evaluate(model, run.data, config.seed, n_evaluated(run.data))
+    write(run.folder / "summary.json", json.dumps({**run.summary, "twin": figures}, indent=1))
+    return figures
 
 
 if __name__ == "__main__":

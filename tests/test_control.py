@@ -6,7 +6,9 @@ import torch
 from conftest import make_model, make_tokens
 
 from minicode import Codebook, block, force, record
-from minicode.control import GENERATED, Code, codes_of
+from minicode.codebook import codebooks, use_codebooks
+from minicode.control import GENERATED
+from minicode.notation import Code, codes_of
 
 
 def run(model, tokens):
@@ -16,7 +18,7 @@ def run(model, tokens):
         codebook.register_forward_hook(
             lambda module, inputs, output, name=name: outputs.update({name: output})
         )
-        for name, codebook in model.codebooks().items()
+        for name, codebook in codebooks(model).items()
     ]
     logits = model(tokens)[0]
     for hook in hooks:
@@ -41,7 +43,7 @@ def test_forcing_another_changes_the_output_by_the_difference_of_the_codes(
     name, text, train_mode, fsm
 ):
     model, tokens = make_model("head,mlp", k=1).train(train_mode), make_tokens(fsm)
-    group, codebook = (1 if name == "head.1" else 0), model.codebooks()[name]
+    group, codebook = (1 if name == "head.1" else 0), codebooks(model)[name]
     with record(model) as codes:
         _, before = run(model, tokens)
     old = codes[name][:, 4, group, 0]  # (B,)
@@ -82,7 +84,7 @@ def test_a_forced_code_takes_the_place_of_the_last(fsm):
 @pytest.mark.parametrize("selection", ["pursuit", "nearest"])
 def test_blocked_codes_are_as_if_they_were_not_there(selection, fsm):
     model, tokens = make_model("head,mlp", k=2, selection=selection), make_tokens(fsm)
-    codebook = model.codebooks()["mlp.0"]
+    codebook = codebooks(model)["mlp.0"]
     inputs = []
     hook = codebook.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     with record(model) as codes:
@@ -156,7 +158,7 @@ def test_leaving_a_block_restores_the_model(fsm):
     with pytest.raises(ValueError), force(model, ["mlp.0.3", "mlp.0.99"]):
         pass
     assert torch.equal(model(tokens)[0], before)
-    assert all(codebook.control is None for codebook in model.codebooks().values())
+    assert all(codebook.control is None for codebook in codebooks(model).values())
 
 
 def test_positions_are_integers_of_any_kind(fsm):
@@ -208,7 +210,7 @@ def test_groups_of_an_mlp(fsm):
     ):
         with pytest.raises(ValueError, match=words):
             Code.parse(text, model)
-    names = [str(code) for code in codes_of("mlp.1", model.codebooks()["mlp.1"])]
+    names = [str(code) for code in codes_of("mlp.1", codebooks(model)["mlp.1"])]
     assert len(names) == 4 * 32
     assert names[33] == "mlp.1.1.1"
 
@@ -271,7 +273,7 @@ def test_contradictions(fsm):
     too_many = pytest.raises(ValueError, match="at most 30 codes can be blocked")
     with too_many, block(model, [f"mlp.0.{c}" for c in range(31)]):
         model(tokens)
-    model.use_codebooks(False)
+    use_codebooks(model, False)
     with pytest.raises(ValueError, match="switched off"), force(model, "mlp.0.3"):
         pass
     nowhere = pytest.raises(ValueError, match="it has them at no site at all")

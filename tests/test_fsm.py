@@ -8,6 +8,7 @@ import torch
 from conftest import make_model
 
 from minicode import FSM, GPT, GPTConfig
+from minicode.codebook import codebooks
 from minicode.study.machine import (
     control,
     copy_codes,
@@ -166,7 +167,7 @@ def its_codes(small):
     model = GPT(GPTConfig(vocab_size=4, block_size=8, **shape)).eval()
     runs = small.runs(range(9))
     every = [torch.cat((runs, torch.full((9, 1), digit)), dim=1) for digit in range(4)]
-    codebook = model.codebooks()["block.0"]
+    codebook = codebooks(model)["block.0"]
     inputs = []
     hook = codebook.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     with torch.no_grad(), hook:

@@ -12,6 +12,7 @@ from conftest import make_model
 from test_train import refusal, train
 
 from minicode import load_run
+from minicode.codebook import codebooks
 from minicode.interpret import main as interpret
 from minicode.study.detectors import record_codes
 from minicode.study.lookup import look_up
@@ -97,7 +98,7 @@ def test_search_without_hits_shows_what_came_close(interpreted, capsys):
 
 def test_a_code_in_context(interpreted, capsys):
     run = load_run(interpreted)
-    code = f"mlp.1.{run.model.codebooks()['mlp.1'].search(torch.zeros(1, 1, 16))[0, 0, 0]}"
+    code = f"mlp.1.{codebooks(run.model)['mlp.1'].search(torch.zeros(1, 1, 16))[0, 0, 0]}"
     result = as_json(capsys, "--run", interpreted, "--code", code)
     assert result["code"] == code
     assert len(result["contexts"]) == min(20, result["count"])

@@ -1,14 +1,14 @@
 """The measures against brute force, on examples small enough to check on paper."""
 
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_tokens
 
-from minicode import force, load_run, record
+from minicode import Codebook, force, load_run, record
+from minicode.codebook import codebooks
 from minicode.model import evaluating
 from minicode.study.detectors import (
     Recording,
@@ -35,10 +35,10 @@ from minicode.study.machine import (
 
 def by_hand(codes):
     """A recording of one codebook of 4 codes: codes (n, T)."""
-    codebook = SimpleNamespace(n_codes=4, groups=1, k=1, enabled=True)
-    model = SimpleNamespace(codebooks=lambda: {"mlp.0": codebook})
+    codebook = Codebook(4, 1)
+    codebook.name = "mlp.0"
     codes = np.array(codes)
-    return Recording(model, np.zeros_like(codes), codes[..., None])
+    return Recording(codebook, np.zeros_like(codes), codes[..., None])
 
 
 # -- what a code stands for
@@ -104,7 +104,7 @@ def test_recording_is_what_record_says(fsm):
 
 def test_recording_leaves_out_what_is_switched_off(fsm):
     model = make_model("head,mlp", k=2)
-    model.codebooks()["mlp.0"].enabled = False
+    codebooks(model)["mlp.0"].enabled = False
     recording = record_codes(model, make_tokens(fsm).numpy())
     assert {site for site, _ in recording.columns} == {"head.0", "head.1", "mlp.1"}
     assert recording.codes.shape[-1] == len(recording.columns) == 10
@@ -291,7 +291,7 @@ def test_what_is_forced_in_the_place_of_the_codes_of_b(fsm):
     drawn = forced(copy_codes(model, sites, random=generator))
     for site, ids in own.items():
         assert drawn[site].shape == ids.shape
-        assert drawn[site].max() < model.codebooks()[site].n_codes
+        assert drawn[site].max() < codebooks(model)[site].n_codes
     wrong = forced(wrong_state(fsm, copy_codes(model, sites), np.random.default_rng(0)))
     offset = np.random.default_rng(0).integers(1, 16)
     b = fsm.runs((np.array([4, 5, 6]) + offset) % 16)

@@ -5,23 +5,24 @@ import torch
 from conftest import make_model, make_tokens
 
 from minicode import GPT, GPTConfig, record
+from minicode.codebook import codebooks, use_codebooks
 from minicode.model import SITES, choose
 
 
 def test_codebooks_by_name_in_the_order_of_the_pass(fsm):
     model = make_model()
     order = []
-    for name, codebook in model.codebooks().items():
+    for name, codebook in codebooks(model).items():
         codebook.register_forward_hook(lambda *_, name=name: order.append(name))
     model(make_tokens(fsm))
-    assert order == list(model.codebooks())
+    assert order == list(codebooks(model))
     assert order == [f"{site}.{layer}" for layer in range(2) for site in SITES]
 
 
 @pytest.mark.parametrize("site", SITES)
 def test_each_site_alone(site, fsm):
     model = make_model(site)
-    assert list(model.codebooks()) == [f"{site}.0", f"{site}.1"]
+    assert list(codebooks(model)) == [f"{site}.0", f"{site}.1"]
     with record(model) as codes:
         model(make_tokens(fsm))
     groups = 2 if site == "head" else 1
@@ -34,9 +35,9 @@ def test_off_is_the_dense_model_and_on_again_is_as_before(fsm):
     tokens = make_tokens(fsm)
     dense.load_state_dict({k: v for k, v in model.state_dict().items() if "codebook" not in k})
     with_codebooks, _ = model(tokens)
-    model.use_codebooks(False)
+    use_codebooks(model, False)
     assert torch.equal(model(tokens)[0], dense(tokens)[0])
-    model.use_codebooks(True)
+    use_codebooks(model, True)
     assert torch.equal(model(tokens)[0], with_codebooks)
     assert not torch.equal(dense(tokens)[0], with_codebooks)
 

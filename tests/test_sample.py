@@ -7,6 +7,7 @@ import torch
 from test_train import refusal, train
 
 from minicode import load_run
+from minicode.codebook import codebooks
 from minicode.sample import main as sample
 from minicode.study.machine import control, copy_codes, pairs
 
@@ -51,11 +52,11 @@ def test_forced_and_blocked_codes_are_reported_and_act(tiny_run, capsys):
 
 def test_codes_without_a_position_act_where_tokens_are_generated(tiny_run, monkeypatch):
     run = load_run(tiny_run)
-    codebook = run.model.codebooks()["mlp.1"]
+    codebook = codebooks(run.model)["mlp.1"]
     chosen = {}
 
     def keep(*_):
-        for i, position in enumerate(run.model.span):
+        for i, position in enumerate(run.model.positions.number[0].tolist()):
             chosen[position] = codebook.ids[0, i].item()
 
     codebook.register_forward_hook(keep)

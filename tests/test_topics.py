@@ -11,10 +11,11 @@ from test_sample import as_json, printed
 from test_train import refusal
 
 from minicode import force, load_run
-from minicode.control import GENERATED, Code
+from minicode.control import GENERATED
 from minicode.interpret import main as interpret
 from minicode.language import steering, topics
 from minicode.language.topics import Effect, choose_codes, codes_of_topics, find_topic
+from minicode.notation import Code
 from minicode.sample import main as sample
 from minicode.study.detectors import detect
 from minicode.train_text import main as train_text

@@ -16,6 +16,7 @@ from conftest import RUN_FILES, TINY, read_metrics
 from minicode import FSM, GPT, load_run
 from minicode import train as training
 from minicode.bench import main as bench
+from minicode.codebook import codebooks
 from minicode.runtime import progress
 from minicode.runtime.runs import TrainConfig
 from minicode.sample import main as sample
@@ -89,7 +90,7 @@ def test_gradients_of_a_step_are_those_of_loss_and_pulls(fsm):
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     training.train_step(model, model, optimizer, config, 0, fsm)
     _, loss = other(*training.batch(config, fsm, "cpu", 0, 0))
-    for codebook in other.codebooks().values():
+    for codebook in codebooks(other).values():
         loss = loss + 2.0 * codebook.autoencoding + 3.0 * codebook.commitment
     loss.backward()
     torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
@@ -124,11 +125,12 @@ def test_reading_a_run_draws_no_random_numbers(tiny_run):
 def test_dead_codes_are_those_that_evaluation_never_chooses(tiny_run):
     run = load_run(tiny_run)
     with torch.no_grad():
-        for codebook in run.model.codebooks().values():
+        for codebook in codebooks(run.model).values():
             codebook.codes[:, 1:] = 1e6  # so far away that code 0 is always the nearest
     figures = evaluate(run.model, run.fsm, 0, 64)
     n_codes = 2 * (32 + 2 * 8)
     assert figures["dead_code_fraction"] == pytest.approx((n_codes - 6) / n_codes)
+    assert figures["sites"]["mlp.0"].pop("fvu") > 1
     assert figures["sites"]["mlp.0"] == {
         "dead_code_fraction": pytest.approx(31 / 32),
         "perplexity": pytest.approx(1),
@@ -139,7 +141,7 @@ def test_dead_codes_are_those_that_evaluation_never_chooses(tiny_run):
 def test_dense_twin(tmp_path):
     train(tmp_path / "a", "--codebooks", "none", "--steps", "5")
     run = load_run(tmp_path / "a")
-    assert run.model.codebooks() == {}
+    assert codebooks(run.model) == {}
     assert run.summary["dense"] is None
     assert "dead_code_fraction" not in run.summary
 
@@ -226,8 +228,8 @@ def test_ctrl_c_leaves_a_run_that_resumes(tmp_path):
     assert "Traceback" not in stderr
     state = torch.load(folder / "train_state.pt", weights_only=True)
     assert 30 <= state["step"] < 4000
-    codebooks = load_run(folder).model.codebooks().values()
-    assert not any(codebook.enabled for codebook in codebooks)
+    books = codebooks(load_run(folder).model).values()
+    assert not any(codebook.enabled for codebook in books)
 
 
 def test_a_signal_leaves_a_checkpoint_of_the_step_it_came_in(tmp_path, monkeypatch):

@@ -7,9 +7,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minicode.control import GENERATED, Code, force
+from minicode.codebook import codebooks
+from minicode.control import GENERATED, force
 from minicode.language.topics import Effect, codes_of_topics
 from minicode.model import evaluating
+from minicode.notation import Code
 
 N_SAMPLES = 10  # stories that continue each of the prompts
 PROMPTS = ("Once upon a time", "One day, a", "Long ago, in a land far away", "There was once a")
@@ -70,7 +72,7 @@ def random_codes(run, effect, codes, rng):
         others = []
         for text in codes:
             code = Code.parse(text, run.model)
-            n_codes = run.model.codebooks()[code.site].n_codes
+            n_codes = codebooks(run.model)[code.site].n_codes
             every = [str(replace(code, id=i)) for i in range(n_codes)]
             new = [other for other in every if other not in codes + others]
             others.append(rng.choice(new).item())

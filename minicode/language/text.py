@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 from minicode.language.documents import HELD_OUT, read_documents
+from minicode.language.pretrained import FOLDER as PRETRAINED
+from minicode.language.pretrained import PretrainedTokenizer, sizes, small_files
 from minicode.language.stories import stories
 from minicode.language.tokenizer import PIECES, SEPARATOR, Tokenizer, to_bytes
 from minicode.runtime.files import reading
@@ -18,7 +20,6 @@ from minicode.runtime.options import check_options, option
 
 N_STORIES = 4000  # that the vocabulary is counted on
 N_WORDS = 200  # frequent words that codes may stand for
-TOKEN = "<u2"  # as tokens are written
 
 
 @dataclass(eq=False)
@@ -39,6 +40,12 @@ class Text:
         "files or folders of UTF-8 text; without: stories, made on the spot",
         {"nargs": "+", "metavar": "FILE"},
     )
+    model: str | None = option(
+        None,
+        "a local folder of a Hugging Face model (config, safetensors, tokenizer): it is finetuned, "
+        "and its tokenizer reads the text",
+        {"metavar": "FOLDER"},
+    )
     vocab: int = option(
         2048,
         "tokens in the vocabulary, at most: 257, and the most frequent words",
@@ -53,11 +60,16 @@ class Text:
 
     def __post_init__(self):
         check_options(self)
-        if self.pieces is None:
-            self._count()
-        self.tokenizer = Tokenizer(self.pieces)
+        if self.model:
+            self.tokenizer = PretrainedTokenizer(self.model)
+            if self.n_tokens is None:
+                self._count_tokens()
+        else:
+            if self.pieces is None:
+                self._count_pieces()
+            self.tokenizer = Tokenizer(self.pieces)
         self.vocab_size = self.tokenizer.vocab_size
-        self.vocabulary = [self.show([SEPARATOR, token]) for token in range(self.vocab_size)]
+        self.vocabulary = [self.show([0, token]) for token in range(self.vocab_size)]
         self.most_block = min(self.n_tokens) - 1
         self.topics = [] if self.data else list(stories().topics)
         # What codes are compared with neurons on:
@@ -88,7 +100,7 @@ class Text:
             sentences = [sentence for sentence, _ in stories().story(number)]
             yield " ".join(sentences), number % HELD_OUT == 0
 
-    def _count(self):
+    def _count_pieces(self):
         """The vocabulary, by frequency in the part to train on, and the figures that follow."""
         counts = Counter(), Counter()  # of pieces, to train on and held out
         n_documents = [0, 0]
@@ -108,6 +120,19 @@ class Text:
         for row, count in zip(used, counts):
             for piece, n in count.items():
                 np.add.at(row, tokenizer.encode(piece), n)
+        self._measure(used)
+
+    def _count_tokens(self):
+        """The figures of a text that a pretrained model's tokenizer reads."""
+        self.pieces = []
+        used = np.zeros((2, self.tokenizer.vocab_size), int)
+        for text, held_out in self._documents():
+            tokens = [*self.tokenizer.encode(text), self.tokenizer.separator]
+            used[int(held_out)] += np.bincount(tokens, minlength=used.shape[1])
+        self._measure(used)
+
+    def _measure(self, used):
+        """How many tokens there are, and what is known by their frequency: used (2, vocab_size)."""
         self.n_tokens = used.sum(1).tolist()
         n_train, n_held_out = self.n_tokens
         if min(self.n_tokens) < 2:
@@ -115,20 +140,30 @@ class Text:
             raise ValueError(f"too little text: {found}")
 
         train, held_out = used
-        p = (train + 1) / (n_train + tokenizer.vocab_size)
+        p = (train + 1) / (n_train + len(train))
         self.loss_unigram = float(-(held_out * np.log(p)).sum() / n_held_out)
+
+    def sizes(self):
+        """What the configuration of a model has to be for this text, or is where it has one."""
+        own = sizes(self.model) if self.model else {}
+        return {"vocab_size": self.vocab_size, **own}
 
     # -- files
 
     def files(self):
         """What a run's folder keeps: the tokens of the user's own text, and all else as JSON."""
-        files = {}
+        files = small_files(self.model) if self.model else {}
         if self.data:
             documents = []
             for text, _ in self._documents():
-                documents.append(np.array([*self.tokenizer.encode(text), SEPARATOR], TOKEN))
+                tokens = [*self.tokenizer.encode(text), self.tokenizer.separator]
+                documents.append(np.array(tokens, self._type()))
             files[self.tokens_file] = np.concatenate(documents)
         return {**files, self.file: json.dumps(asdict(self))}
+
+    def _type(self):
+        """As which numbers tokens are written."""
+        return "<u2" if self.vocab_size <= 1 << 16 else "<u4"
 
     def settle(self, folder):
         """Finds the tokens of the user's own text in a run's folder, memory-mapped."""
@@ -136,16 +171,18 @@ class Text:
             return
         path = folder / self.tokens_file
         with reading(path):
-            tokens = np.memmap(path, TOKEN, mode="r")
+            tokens = np.memmap(path, self._type(), mode="r")
             if len(tokens) != sum(self.n_tokens) or tokens.max() >= self.vocab_size:
                 raise ValueError(f"it does not hold the tokens of {self.file}")
             self.parts = np.split(tokens, self.n_tokens[:1])
 
     @classmethod
-    def from_json(cls, data):
-        """The text of `files`: the user's own are not read again."""
-        if data["pieces"] is None:
+    def from_json(cls, data, folder):
+        """The text of `files` in a run's folder: the user's own are not read again."""
+        if data["pieces"] is None or data["n_tokens"] is None:
             raise ValueError("it lacks the words")
+        if data["model"]:
+            data["model"] = str(folder / PRETRAINED)
         return cls(**data)
 
     # -- what is trained on, and what is not
@@ -172,15 +209,22 @@ class Text:
         that stands there; after: the one before it.
         """
         tokens, topics = self._windows(rng, n, length, held_out=True)
-        words = [piece for piece in self.pieces if re.search(r"\w", piece)][:N_WORDS]
-        names = [word.strip() for word in words]
+        words = self._words()
+        names = [self.vocabulary[token].strip() for token in words]
         label_of = np.full(self.vocab_size, -1)
-        for label, word in enumerate(words):
-            label_of[self.tokenizer.ids[word]] = label
+        label_of[words] = np.arange(len(words))
         here = label_of[tokens]
         before = np.insert(here[:, :-1], 0, -1, axis=1)
         kinds = {} if self.data else {"topic": (topics, self.topics)}
         return tokens, {**kinds, "word": (here, names), "after": (before, names)}
+
+    def _words(self):
+        """The tokens of the most frequent words."""
+        by_frequency = range(SEPARATOR + 1, self.vocab_size)
+        if self.model:
+            some = self.sequences(np.random.default_rng(0), N_STORIES, 64)
+            by_frequency = np.argsort(-np.bincount(some.ravel()), kind="stable")
+        return [t for t in by_frequency if re.search(r"\w", self.vocabulary[t])][:N_WORDS]
 
     def _windows(self, rng, n, length, held_out):
         """Windows, and the topic at each position (None for the user's own text): (n, length)."""
@@ -194,7 +238,7 @@ class Text:
             number = HELD_OUT * rng.integers(1 << 48)
             if not held_out:
                 number += rng.integers(1, HELD_OUT)
-            tokens.append(SEPARATOR)
+            tokens.append(self.tokenizer.separator)
             labels.append(-1)
             space = ""
             for sentence, topic in stories().story(int(number)):
@@ -209,7 +253,7 @@ class Text:
 
     def prompt(self, text):
         """The tokens (1, T) of the beginning of a document."""
-        return torch.tensor([[SEPARATOR, *self.tokenizer.encode(text)]])
+        return torch.tensor([[self.tokenizer.separator, *self.tokenizer.encode(text)]])
 
     def show(self, tokens):
         """A sequence (T,) from a separator on, for people."""

@@ -16,6 +16,8 @@ SEPARATOR = 256  # before each document; below it are the bytes, above it the pi
 class Tokenizer:
     """Tokens of a text, and back. `pieces`: the vocabulary beyond bytes and separator, strings."""
 
+    separator = SEPARATOR
+
     def __init__(self, pieces):
         self.ids = {piece: i for i, piece in enumerate(pieces, SEPARATOR + 1)}
         single_bytes = [bytes([i]) for i in range(SEPARATOR)]

@@ -22,9 +22,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minicode.control import Code, force
+from minicode.codebook import codebooks
+from minicode.control import force
 from minicode.language.stories import one_of, stories
 from minicode.model import evaluating
+from minicode.notation import Code
 from minicode.runtime.files import read_json, write
 from minicode.study.detectors import detect, record_codes
 
@@ -103,8 +105,8 @@ def codes_of_topics(run, topics, budget):
     run.sites()
     path = run.folder / CHOICES
     keys = {topic: f"{topic.name} {budget:g}" for topic in topics}
-    codebooks = run.model.codebooks().values()
-    weights = b"".join(book.codes.detach().cpu().numpy().tobytes() for book in codebooks)
+    books = codebooks(run.model).values()
+    weights = b"".join(book.codes.detach().cpu().numpy().tobytes() for book in books)
     stamp = zlib.crc32(weights)  # of another model's codes nothing is taken
     known = {}
     if path.exists():
@@ -234,7 +236,7 @@ class Effect:
         places = Counter(text.rpartition(".")[0] for text in chosen)
         free = []
         for text in candidates:
-            k = model.codebooks()[Code.parse(text, model).site].k
+            k = codebooks(model)[Code.parse(text, model).site].k
             if places[text.rpartition(".")[0]] < k:
                 free.append(text)
         return free

@@ -70,8 +70,9 @@ def command(argv, name, about, kind, presets, out, compare):
         processes.join()
         args = parser.parse_args(argv)
         data = kind(**given(args, kind))
-        settings = presets["default"] | presets[args.preset] | given(args, TrainConfig)
-        config = TrainConfig(**settings, vocab_size=data.vocab_size)
+        preset = "pretrained" if data.model and args.preset == "default" else args.preset
+        settings = presets["default"] | presets[preset] | given(args, TrainConfig)
+        config = TrainConfig(**settings | data.sizes())
         session = open_session(config, data, args.out, args.resume, args.overwrite)
     first = processes.rank() == 0
     if first:

@@ -199,7 +199,11 @@ def _register_fakes():
     def topk_cuda(x, codes, scale, offset, k, coarse):
         return topk(x, codes, k, None, coarse)
 
+    def pursue(scores, offset, change, k):
+        return topk(scores, change, k, None, None)
+
     torch.library.register_fake("minicode_native::topk", topk)
+    torch.library.register_fake("minicode_native::pursue", pursue)
     torch.library.register_fake("minicode_native::topk_cuda", topk_cuda)
 
 

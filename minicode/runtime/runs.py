@@ -6,12 +6,16 @@ Nothing read from a folder is executed; nothing in it is overwritten by accident
 import functools
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from minicode.codebook import codebooks
 from minicode.fsm import FSM
+from minicode.language.pretrained import FOLDER as PRETRAINED
+from minicode.language.pretrained import Pretrained
 from minicode.language.text import Text
 from minicode.model import GPT, GPTConfig
 from minicode.runtime.files import check_tensors, figures, read_json, read_tensors, reading, write
@@ -140,16 +144,19 @@ def make_run(folder, config, data, resume=False):
     for name in stale:
         (folder / name).unlink(missing_ok=True)
     if not resume:
+        shutil.rmtree(folder / PRETRAINED, ignore_errors=True)
+    if not resume:
         write(folder / "config.json", json.dumps({"version": VERSION, **vars(config)}, indent=1))
     if not (folder / data.file).exists():
         for name, content in data.files().items():
+            (folder / name).parent.mkdir(exist_ok=True)
             write(folder / name, content)
 
 
 def read_data(folder):
     """What the run in a folder is about: its machine, or its text."""
     kind = Text if (folder / Text.file).exists() else FSM
-    data = read_json(folder / kind.file, kind.from_json)
+    data = read_json(folder / kind.file, lambda found: kind.from_json(found, folder))
     data.settle(folder)
     return data
 
@@ -168,7 +175,9 @@ class Run:
     def dense(self):
         """The model just before its codebooks came in; None where they were always there."""
         path = self.folder / "dense.pt"
-        return load_model(self.config, path, self.model.device) if path.exists() else None
+        if not path.exists():
+            return None
+        return load_model(self.config, self.data, path, self.model.device)
 
     @property
     def fsm(self):
@@ -182,7 +191,7 @@ class Run:
 
     def sites(self):
         """The sites whose codebooks are in use; ValueError where there are none."""
-        sites = [site for site, codebook in self.model.codebooks().items() if codebook.enabled]
+        sites = [site for site, codebook in codebooks(self.model).items() if codebook.enabled]
         if not sites:
             raise ValueError(
                 f"the run in {self.folder} has no codebooks, or they were not started yet"
@@ -190,17 +199,26 @@ class Run:
         return sites
 
 
-def load_model(config, path, device):
+def load_model(config, data, path, device):
     """The model in a file, in evaluation mode; ValueError if it is not one of this config."""
     state = read_tensors(path)
     with reading(path, "does not hold the model of config.json"):
-        size = sum(tensor.nbytes for tensor in state.values())
+        sizes = {}  # of each piece of memory: tied weights are one
+        for tensor in state.values():
+            place = tensor.data_ptr()
+            sizes[place] = max(sizes.get(place, 0), tensor.nbytes)
+        size = sum(sizes.values())
         if config.n_layer > len(state) or size > path.stat().st_size:
             raise ValueError(f"{len(state)} tensors of {size} bytes, for {config.n_layer} layers")
-        with torch.device("meta"):  # it takes no memory until the file is known to fill it
-            model = GPT(config)
-        check_tensors(state, model.state_dict())
-        model.to_empty(device=device).load_state_dict(state)
+        if data.model:
+            model = Pretrained(config, data.model, weights=False).to(device)
+            check_tensors(state, model.state_dict())
+        else:
+            with torch.device("meta"):  # it takes no memory until the file is known to fill it
+                model = GPT(config)
+            check_tensors(state, model.state_dict())
+            model = model.to_empty(device=device)
+        model.load_state_dict(state)
     return model.eval()
 
 
@@ -223,7 +241,7 @@ def load_run(folder, device="cpu"):
             f"{folder / data.file} is damaged: its vocab_size is {data.vocab_size}, "
             f"config.json's {config.vocab_size}"
         )
-    model = load_model(config, folder / "model.pt", device)
+    model = load_model(config, data, folder / "model.pt", device)
     path = folder / "summary.json"
     summary = read_json(path, figures) if path.is_file() else {}
     return Run(folder, config, model, data, summary)

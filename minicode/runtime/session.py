@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
+from minicode.codebook import use_codebooks
 from minicode.fsm import FSM
+from minicode.language.pretrained import Pretrained
 from minicode.language.text import Text
 from minicode.model import GPT
 from minicode.runtime import extension, processes
@@ -40,6 +42,13 @@ def pick_device(name):
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} can't be used here: {reason}") from None
+
+
+def make_model(config, data):
+    """The model that a training begins with: random, or what the data's folder holds."""
+    if data.model:
+        return Pretrained(config, data.model)
+    return GPT(config)
 
 
 def make_optimizer(model, config):
@@ -77,6 +86,12 @@ class Session:
     step: int = 0
     seconds: float = 0.0
 
+    @property
+    def start_step(self):
+        """The step at which the codebooks start from data; None: they are random, and always on."""
+        dense_steps = self.config.dense_steps
+        return dense_steps if dense_steps or self.data.model else None
+
 
 def open_session(config, data, folder, resume=False, overwrite=False):
     """A session, new or resumed. A user's mistake is a ValueError, before any file is touched."""
@@ -88,11 +103,11 @@ def open_session(config, data, folder, resume=False, overwrite=False):
         torch.manual_seed(config.seed)
         device = pick_device(config.device)
         try:
-            model = GPT(config).to(device)
+            model = make_model(config, data).to(device)
         except RuntimeError as error:
             raise ValueError(f"there is no room for this model: {error}") from None
-        model.use_codebooks(config.dense_steps == 0)
         session = Session(config, data, folder, model, make_optimizer(model, config), [])
+        use_codebooks(model, session.start_step is None)
         if resume and (folder / "train_state.pt").is_file():
             load_checkpoint(session)
     processes.first(make_run, folder, config, data, resume)
@@ -165,6 +180,6 @@ def summarise(session):
     summary = {**session.metrics[-1], "seconds": seconds, "dense": None}
     for line in session.metrics:
         if line["step"] == config.dense_steps < config.steps:
-            summary["dense"] = line
+            summary["started" if "sites" in line else "dense"] = line
     write(session.folder / "summary.json", json.dumps(summary, indent=1))
     return summary

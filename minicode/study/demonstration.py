@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from minicode.control import Code, chosen
+from minicode.control import chosen
+from minicode.notation import Code
 from minicode.study import machine
 
 LEARNT = 0.9  # transition accuracy below which a run has little to show

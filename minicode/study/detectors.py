@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minicode.codebook import perplexity
-from minicode.control import chosen, codes_of, force, record
+from minicode.codebook import codebooks, perplexity
+from minicode.control import chosen, force, record
 from minicode.model import evaluating
+from minicode.notation import codes_of
 
 N_SEQUENCES = 512  # that codes are recorded on
 
@@ -26,7 +27,8 @@ class Recording:
 
     columns   (site, group) of each codebook in use, as many times as it makes choices
     names     the codes of all these codebooks; a code's number is its place among them
-    fired     (n * T, columns): the numbers of the codes that fire at each position
+    fired     (n * T, columns): the numbers of the codes that fire at each position; as many as
+              there are names where a position passes through its site untouched
     count     (codes): how often each fires
     where     for each code, the positions at which it fires
     """
@@ -38,23 +40,25 @@ class Recording:
         self.columns = []
         self.names = []
         first = []  # for each column, the number of its code 0
-        for site, codebook in self.model.codebooks().items():
+        for site, codebook in codebooks(self.model).items():
             for group in range(codebook.groups if codebook.enabled else 0):
                 self.columns += [(site, group)] * codebook.k
                 first += [len(self.names) + group * codebook.n_codes] * codebook.k
             if codebook.enabled:
                 self.names += codes_of(site, codebook)
-        self.fired = codes.reshape(-1, len(first)) + first
-        self.count = np.bincount(self.fired.ravel(), minlength=len(self.names))
+        n_codes = len(self.names)
+        codes = codes.reshape(-1, len(first))
+        self.fired = np.where(codes < 0, n_codes, codes + first)
+        self.count = np.bincount(self.fired.ravel(), minlength=n_codes + 1)[:n_codes]
         by_code = np.argsort(self.fired, axis=None, kind="stable") // len(first)
-        self.where = np.split(by_code, np.cumsum(self.count)[:-1])
+        self.where = np.split(by_code, np.cumsum(self.count))[:n_codes]
 
     def counts(self):
         """By site, how often each code fires: {"mlp.1": (G, C), ...}."""
-        codebooks = self.model.codebooks()
-        sizes = [codebook.usage.numel() for codebook in codebooks.values()]
+        books = codebooks(self.model)
+        sizes = [codebook.usage.numel() for codebook in books.values()]
         parts = torch.from_numpy(self.count).split(sizes)
-        return {site: part.view_as(codebooks[site].usage) for site, part in zip(codebooks, parts)}
+        return {site: part.view_as(books[site].usage) for site, part in zip(books, parts)}
 
     def places(self, number, most):
         """Up to `most` positions at which a code fires, evenly spread over the recording."""
@@ -105,9 +109,9 @@ def detect(recording, labels, names):
     """
     flat = labels.ravel()
     known = flat >= 0
-    shape = (len(recording.names), len(names))
+    shape = (len(recording.names) + 1, len(names))
     pairs = recording.fired[known] * len(names) + flat[known, None]
-    both = np.bincount(pairs.ravel(), minlength=math.prod(shape)).reshape(shape)
+    both = np.bincount(pairs.ravel(), minlength=math.prod(shape)).reshape(shape)[:-1]
     fires = recording.count[:, None]
     total = np.bincount(flat[known], minlength=len(names))
     precision = both / np.maximum(fires, 1)
@@ -176,8 +180,7 @@ def inputs(model, modules, tokens):
 
 def neurons(model, tokens):
     """Activations (N, units): of the MLPs' hidden layers, and of what reaches the codebooks."""
-    hidden = [block.mlp.mlp_mid_codebook for block in model.h]
-    modules = {*model.codebooks().values(), *hidden}  # each once
+    modules = {*codebooks(model).values(), *model.hidden()}  # each once
     parts = [inputs(model, modules, part) for part in torch.from_numpy(tokens).split(64)]
     return torch.cat(parts).flatten(0, 1)
 
@@ -277,7 +280,7 @@ def agreement(one, other, generator):
         best = []
         for at in one.where:
             if len(at):
-                both = np.bincount(fired[at].ravel(), minlength=len(other.names))
+                both = np.bincount(fired[at].ravel(), minlength=len(other.names) + 1)[:-1]
                 best.append((both / (len(at) + other.count - both)).max())
         return float(np.mean(best))
 

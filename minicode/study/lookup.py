@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from minicode.control import Code
+from minicode.notation import Code
 from minicode.study.detectors import (
     agreement,
     best_labels,

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from minicode.codebook import codebooks
 from minicode.control import chosen, force
 from minicode.model import choose, evaluating
 from minicode.study.detectors import inputs
@@ -118,7 +119,7 @@ def copy_codes(model, sites, random=None):
         codes = {site: own[site] for site in sites}
         if random:
             for site, ids in codes.items():
-                ids.random_(model.codebooks()[site].n_codes, generator=random)
+                ids.random_(codebooks(model)[site].n_codes, generator=random)
         return partial(force, model, codes, tokens.shape[1] - 1)
 
     return intervene

@@ -3,6 +3,7 @@ import os
 import torch
 
 from minicode import FSM, load_run
+from minicode.codebook import codebooks
 from minicode.study.machine import transition_accuracy
 
 
@@ -31,7 +32,7 @@ def what_is_missing(run):
             missing.append(f"{name} is {value}, not {wanted}")
     if run.data != FSM():
         missing.append("its data are not the default machine")
-    on = all(codebook.enabled for codebook in run.model.codebooks().values())
+    on = all(codebook.enabled for codebook in codebooks(run.model).values())
     if config.sites() != ["head", "mlp"] or not on:
         missing.append("its codebooks are not those of head,mlp, all of them on")
     if config.n_codes > 960 or config.n_codes_head > 16:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minicode import block, record
-from minicode.control import Code
+from minicode.notation import Code
 
 
 def nearest(a, E):

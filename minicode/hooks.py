@@ -1,0 +1,307 @@
+"""Codebooks in a model that was made without: attach(model, "head,mlp"), start_codebooks, detach.
+
+The model stays its user's own: hooks send what comes to a site through a codebook there. A codebook
+is a submodule of the module whose hook it is, so that the model's copies, its state_dict and its
+device take it along.
+"""
+
+import re
+from contextlib import ExitStack, suppress
+
+import torch
+from torch import nn
+
+from minicode.codebook import Codebook, Positions, codebooks
+from minicode.model import evaluating
+from minicode.runtime.progress import bar
+
+# Where a block of a Hugging Face model has its sites. `head` is what goes into the projection of
+# the attention's output, side by side for all heads; `mlp` is what comes out of the MLP.
+PATHS = {
+    "head": (
+        "self_attn.o_proj",  # Llama, Mistral, Qwen, Gemma, OLMo, ...
+        "attn.c_proj",  # GPT-2
+        "attn.attention.out_proj",  # GPT-Neo
+        "attention.dense",  # GPT-NeoX, Pythia
+        "self_attention.dense",  # Bloom, Falcon
+        "self_attn.dense",  # Phi
+        "self_attn.out_proj",  # OPT
+    ),
+    "mlp": (
+        "mlp.dense_4h_to_h",  # Bloom, whose MLP adds the residual stream; Falcon, GPT-NeoX
+        "mlp",
+        "fc2",  # OPT
+    ),
+}
+GROUPS = 16  # of an MLP's codebook, where they divide its width
+
+
+def attach(
+    model,
+    sites="head,mlp",
+    layers=None,
+    n_codes=1024,
+    k=8,
+    groups=None,
+    similarity="distance",
+    selection="pursuit",
+    skip=1,
+):
+    """Puts codebooks into a model, by hooks, and returns the model.
+
+    sites    of a causal model of Hugging Face transformers: head, mlp or both, as text. `head` has
+             a codebook for each query head, on its output before the projection; `mlp` one on the
+             MLP's output, in groups. Of any other model, modules by pattern of their paths, by the
+             names that the sites are to have: {"mlp": "layers.*.ffn"}, where * stands for one part.
+             A module's output goes through the codebook; for "head" what goes into it
+    layers   those that get codebooks, as numbers from 0; None: all
+    n_codes  and k: for all sites, or by site: {"head": 512, "mlp": 1024}
+    groups   parts into which a site's width is cut, each with codes of its own. None: at "head" as
+             many as there are heads, elsewhere 16 where they divide the width, else 1
+    skip     so many tokens at the start of each row go by untouched, and padding does: in many
+             models the first token's activations are hundreds of times larger than the others'
+
+    The codebooks are named mlp.LAYER and so on. They are on, and their codes random, until
+    `start_codebooks(model, tokens)`. ValueError for what the model doesn't have.
+    """
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None):
+        raise ValueError("attach before torch.compile: a compiled model doesn't see new hooks")
+    if codebooks(model):
+        raise ValueError("this model has codebooks already: detach(model) takes them out")
+    modules = find_sites(model, sites, layers)
+    how = {"similarity": similarity, "selection": selection, "relative": True}
+    base = getattr(model, "base_model", model)
+    positions = Positions()
+    handles = [base.register_forward_pre_hook(find_positions, with_kwargs=True)]
+    for (site, layer), module in modules.items():
+        width = width_of(model, module, site)
+        parts = groups_of(model, site, width, groups)
+        codebook = Codebook(of_site(n_codes, site), width // parts, of_site(k, site), parts, **how)
+        codebook.name = f"{site}.{layer}"
+        codebook.positions = positions
+        device = next(module.parameters()).device
+        module.codebook = codebook.to(device).train(module.training)
+        if site == "head":
+            handles.append(module.register_forward_pre_hook(through_input))
+        else:
+            handles.append(module.register_forward_hook(through_output))
+    base.codebook_positions = positions
+    base.codebook_skip = skip
+    base.codebook_handles = handles
+    return model
+
+
+def detach(model):
+    """Takes out the codebooks that `attach` put in; the model is as it was, to the last bit."""
+    base = getattr(model, "base_model", model)
+    if not hasattr(base, "codebook_handles"):
+        raise ValueError("attach put no codebooks into this model")
+    for handle in base.codebook_handles:
+        handle.remove()
+    del base.codebook_handles, base.codebook_positions, base.codebook_skip
+    for module in list(model.modules()):
+        if isinstance(getattr(module, "codebook", None), Codebook):
+            del module.codebook
+    return model
+
+
+# -- the hooks: module-level functions, so that a copy of the model has them, with its own codebooks
+
+
+def through_input(module, arguments):
+    x, *others = arguments
+    return (through(module.codebook, x), *others)
+
+
+def through_output(module, arguments, output):
+    if isinstance(output, tuple):
+        return (through(module.codebook, output[0]), *output[1:])
+    return through(module.codebook, output)
+
+
+def through(codebook, x):
+    """The codebook on x (B, T, d), or on (B * T, d), which OPT makes of it."""
+    number = codebook.positions.number
+    if x.dim() == 2 and number is not None:
+        return codebook(x.view(-1, number.shape[1], x.shape[-1])).view(x.shape)
+    return codebook(x)
+
+
+def find_positions(module, arguments, named):
+    """Before each pass: where its tokens stand in their sequences, by the mask and the cache."""
+    if getattr(module, "_is_replica", False):
+        raise ValueError("codebooks don't go through nn.DataParallel: DistributedDataParallel does")
+    values = [*arguments, *named.values()]
+    tokens = next(x for x in values if isinstance(x, torch.Tensor))
+    n_rows, length = tokens.shape[:2]
+    cache = next((x for x in values if hasattr(x, "get_seq_length")), None)
+    past = 0 if cache is None else int(cache.get_seq_length())
+    mask = named.get("attention_mask")
+    if mask is None:
+        number = torch.arange(past, past + length, device=tokens.device).unsqueeze(0)
+    elif isinstance(mask, torch.Tensor) and mask.shape == (n_rows, past + length):
+        number = (mask.long().cumsum(-1) - 1).where(mask.bool(), -1)[:, past:]
+    else:
+        wanted = f"({n_rows}, {past + length}), 1 for each token so far that is no padding"
+        raise ValueError(f"codebooks need an attention_mask {wanted}")
+    skip = (number < module.codebook_skip).expand(n_rows, length)
+    module.codebook_positions.advance(number, past > 0, skip if skip.any() else None)
+
+
+# -- which modules
+
+
+def find_sites(model, sites, layers):
+    """{(site, layer): module} for the arguments of `attach`."""
+    if isinstance(sites, dict):
+        found = find_patterns(model, sites)
+    else:
+        found = find_in_blocks(model, sites.split(","))
+    there_are = {layer for _, layer in found}
+    for layer in layers or ():
+        if layer not in there_are:
+            raise ValueError(f"layers: this model has 0 to {max(there_are)}, not {layer}")
+    wanted = there_are if layers is None else layers
+    return {place: module for place, module in found.items() if place[1] in wanted}
+
+
+def find_in_blocks(model, sites):
+    """The sites of a causal model of transformers."""
+    by_pattern = 'name its modules by pattern, as in attach(model, {"mlp": "layers.*.ffn"})'
+    config = config_of(model)
+    if config is None or getattr(config, "is_encoder_decoder", False):
+        what = f"{type(model).__name__} is no causal model of transformers"
+        raise ValueError(f"{what}: {by_pattern}")
+    for site in sites:
+        if site not in PATHS:
+            raise ValueError(f"there is no site {site!r}; the sites are {', '.join(PATHS)}")
+    n_layer = config.num_hidden_layers
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layer]
+    found = {}
+    for layer, block in enumerate(lists[0] if lists else ()):
+        inside = dict(block.named_modules())
+        for site in PATHS:
+            path = next((path for path in PATHS[site] if path in inside), None)
+            if site in sites and path:
+                found[site, layer] = inside[path]
+    for site in sites:
+        if site not in {name for name, _ in found}:
+            where = f"{type(model).__name__} has no {site} where it is known to be"
+            raise ValueError(f"{where}: {by_pattern}")
+    return found
+
+
+def find_patterns(model, patterns):
+    """The sites that a user names by patterns of modules' paths; * is one part of a path."""
+    found = {}
+    paths = {}
+    for site, pattern in patterns.items():
+        parts = re.escape(pattern).replace(r"\*", r"([^.]+)")
+        matches = []
+        for path, module in model.named_modules():
+            match = re.fullmatch(rf"(?:.*\.)?{parts}", path)
+            if match:
+                matches.append((match, module))
+        if not matches:
+            raise ValueError(f"{site}: this model has no module {pattern}")
+        for number, (match, module) in enumerate(matches):
+            digits = [part for part in match.groups() if part.isdigit()]
+            place = site, int(digits[0]) if digits else number
+            if place in found:
+                two = f"{paths[place]} and {match[0]}"
+                raise ValueError(f"{site}: {pattern} is two modules of one layer, {two}")
+            found[place] = module
+            paths[place] = match[0]
+    return found
+
+
+def config_of(model):
+    """The configuration of a model of transformers, of its text part if it has others; or None."""
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else None
+
+
+def of_site(value, site):
+    """An argument that may be one for each site."""
+    if not isinstance(value, dict):
+        return value
+    if site not in value:
+        raise ValueError(f"{value} has nothing for the site {site}")
+    return value[site]
+
+
+def width_in(module):
+    """How wide a linear map's input is, or None; nx is GPT-2's name."""
+    return getattr(module, "in_features", getattr(module, "nx", None))
+
+
+def width_out(module):
+    return getattr(module, "out_features", getattr(module, "nf", None))
+
+
+def width_of(model, module, site):
+    """How wide the activations of a site are."""
+    size = width_in if site == "head" else width_out
+    config = config_of(model)
+    inside = [size(part) for part in module.modules() if size(part)]
+    if size(module):
+        return size(module)
+    if config is not None:
+        return config.hidden_size
+    if not inside:
+        raise ValueError(f"{site}: how wide is what {type(module).__name__} gives? name a Linear")
+    return inside[-1]
+
+
+def groups_of(model, site, width, groups):
+    """Into how many parts a site's width is cut."""
+    config = config_of(model)
+    if site == "head" and config is not None:
+        return config.num_attention_heads
+    if groups is None:
+        return GROUPS if site == "mlp" and width % GROUPS == 0 else 1
+    if width % groups:
+        raise ValueError(f"groups ({groups}) must divide the {width} dimensions at {site}")
+    return groups
+
+
+# -- where codes begin
+
+
+class _Done(Exception):
+    """The last codebook is started: the rest of the pass is for nothing."""
+
+
+@torch.no_grad()
+def start_codebooks(model, *inputs, generator=None, **named):
+    """Starts a model's codebooks by k-means, in one pass of model(*inputs, **named); they are on.
+
+    Each is started as the pass comes to it: on what the codebooks before it make of the sample. The
+    sample is one batch, best of 32 tokens for each code or more; what passes through untouched
+    doesn't count. ValueError for fewer tokens than codes, or a codebook that never came.
+    """
+    waiting = {codebook: name for name, codebook in codebooks(model).items()}
+
+    def start(codebook, arguments):
+        if codebook in waiting:
+            x = arguments[0]
+            kept = codebook.positions.kept(x)
+            codebook.start(x if kept is None else x[kept], generator=generator)
+            codebook.enabled = True
+            del waiting[codebook]
+            progress.update()
+
+    def end(codebook, arguments, output):
+        if not waiting:
+            raise _Done
+
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        progress = stack.enter_context(bar(total=len(waiting), desc="k-means", leave=False))
+        for codebook in waiting:
+            stack.enter_context(codebook.register_forward_pre_hook(start))
+            stack.enter_context(codebook.register_forward_hook(end))
+        stack.enter_context(suppress(_Done))
+        model(*inputs, **named)
+    if waiting:
+        raise ValueError(f"these codebooks were not reached: {', '.join(waiting.values())}")

@@ -1,0 +1,171 @@
+"""A local Hugging Face model in the place of our own: its tokenizer, its weights, our codebooks.
+
+Nothing is downloaded, and no code that a folder holds is run. transformers is imported here alone.
+"""
+
+import inspect
+import json
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from minicode.hooks import attach, find_sites, width_in
+from minicode.model import GPT
+from minicode.runtime.files import reading
+
+FOLDER = "pretrained"  # in a run's folder: what is needed to build the model, but its weights
+LARGEST = 1 << 26  # bytes of a file that is copied there
+BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+
+
+def from_folder(kind, folder, **how):
+    """What transformers reads from a folder by one of its Auto classes; else a ValueError."""
+    try:
+        import transformers
+    except ImportError:
+        needs = "a pretrained model needs transformers: pip install 'minicode[hf]'"
+        raise ValueError(needs) from None
+    folder = Path(folder)
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is no folder of a Hugging Face model: it has no {name}")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    with reading(folder, "could not be read as a causal model of transformers"):
+        read = getattr(transformers, kind).from_pretrained
+        return read(folder, local_files_only=True, trust_remote_code=False, **how)
+
+
+def small_files(folder):
+    """{name: bytes} of what a run keeps of a model's folder: configuration and tokenizer."""
+    files = {}
+    for path in sorted(Path(folder).iterdir()):
+        known = path.suffix in (".json", ".txt", ".model", ".jinja")
+        weights = path.name.endswith(".index.json")
+        if path.is_file() and known and not weights and path.stat().st_size <= LARGEST:
+            files[f"{FOLDER}/{path.name}"] = path.read_bytes()
+    return files
+
+
+def sizes(folder):
+    """What a run's configuration says of the model, by the names of TrainConfig."""
+    config = from_folder("AutoConfig", folder).get_text_config()
+    return {
+        "n_layer": config.num_hidden_layers,
+        "n_head": config.num_attention_heads,
+        "n_embd": config.hidden_size,
+    }
+
+
+class PretrainedTokenizer:
+    """The tokenizer in a folder, with the methods of ours; a token is a piece of text, or bytes."""
+
+    def __init__(self, folder):
+        config = from_folder("AutoConfig", folder).get_text_config()
+        self.tokenizer = from_folder("AutoTokenizer", folder)
+        self.vocab_size = max(config.vocab_size, len(self.tokenizer))
+        own = self.tokenizer
+        ends = (own.bos_token_id, own.eos_token_id, own.pad_token_id)
+        self.separator = next((token for token in ends if token is not None), 0)
+        decoder = json.loads(own.backend_tokenizer.to_str())["decoder"]
+        by_bytes = "ByteLevel" in json.dumps(decoder)
+        texts = own.convert_ids_to_tokens(range(len(own)))
+        self.bytes = [to_bytes(text, by_bytes) for text in texts]
+        for token in own.all_special_ids:
+            self.bytes[token] = b""
+        self.bytes += [b""] * (self.vocab_size - len(texts))
+        self.bytes[self.separator] = b"\n\n"
+        pieces = [content.decode(errors="replace") for content in self.bytes]
+        self.ids = {piece: token for token, piece in enumerate(pieces)}
+
+    def encode(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, tokens):
+        return b"".join(self.bytes[token] for token in tokens).decode(errors="replace")
+
+
+def byte_of():
+    """GPT-2's way to write any byte as a letter: {letter: byte}."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    letters = {chr(byte): byte for byte in plain}
+    return letters | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_OF = byte_of()
+
+
+def to_bytes(text, by_bytes):
+    """What a token of a vocabulary stands for; by_bytes: as GPT-2 writes it, else SentencePiece."""
+    if text is None:
+        return b""
+    if by_bytes and all(letter in BYTE_OF for letter in text):
+        return bytes(BYTE_OF[letter] for letter in text)
+    single = BYTE_TOKEN.fullmatch(text)
+    if single:
+        return bytes([int(single[1], 16)])
+    return text.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+
+
+class Pretrained(nn.Module):
+    """A causal model of transformers with codebooks, in GPT's place: the same calls, and results.
+
+    With weights it is the model that its folder holds, else one of its shape.
+    """
+
+    generate = GPT.generate
+
+    def __init__(self, config, folder, weights=True):
+        super().__init__()
+        self.config = config
+        if weights:
+            how = {"dtype": torch.float32, "use_safetensors": True}
+            self.model = from_folder("AutoModelForCausalLM", folder, **how)
+        else:
+            from transformers import AutoModelForCausalLM
+
+            shape = from_folder("AutoConfig", folder)
+            self.model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+        takes = inspect.signature(self.model.forward).parameters
+        self.cache_name = "cache" if "cache" in takes else "past_key_values"  # before 5.24
+        if config.sites():
+            attach(
+                self.model,
+                ",".join(config.sites()),
+                n_codes={"head": config.n_codes_head, "mlp": config.n_codes},
+                k={"head": config.k_head or config.k, "mlp": config.k_mlp or config.k},
+                groups=config.groups_mlp,
+                similarity=config.similarity,
+                selection=config.selection,
+            )
+
+    @property
+    def device(self):
+        return self.model.device
+
+    @property
+    def lm_head(self):
+        return self.model.get_output_embeddings()
+
+    def hidden(self):
+        """The modules that the hidden activations of the MLPs go into, layer by layer."""
+        mlps = find_sites(self.model, "mlp", None).values()
+        return [[part for part in mlp.modules() if width_in(part)][-1] for mlp in mlps]
+
+    def forward(self, tokens, targets=None, cache=None):
+        end = tokens.shape[1] + (cache["past"].get_seq_length() if cache else 0)
+        if end > self.config.block_size:
+            most = self.config.block_size
+            raise ValueError(f"{end} tokens are more than the block_size of {most}")
+        past = {self.cache_name: cache["past"]} if cache else {}
+        found = self.model(tokens, use_cache=cache is not None, **past)
+        if cache is not None:
+            cache["past"] = found[self.cache_name]
+        logits = found.logits  # (B, T, vocab_size)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())

@@ -1,0 +1,58 @@
+"""How well sums of codes stand for the activations in whose place they are."""
+
+from contextlib import contextmanager
+
+import torch
+
+from minicode.codebook import codebooks
+
+
+class Errors:
+    """The relative squared error of a codebook, or fraction of variance unexplained (FVU).
+
+    Of activations a and sums of codes q, over all passes added: sum |a - q|² / sum |a - mean(a)|².
+    `add` is a forward hook of the codebook. Inputs that pass through untouched don't count.
+    """
+
+    def __init__(self):
+        self.n = 0
+        self.error = 0.0
+        self.square = 0.0
+        self.total = 0.0  # (G, d)
+
+    def add(self, codebook, arguments, output):
+        x = arguments[0]
+        ids = codebook.ids
+        kept = codebook.positions.kept(x)
+        if kept is not None:
+            x = x[kept]
+            ids = ids[kept]
+        a = codebook.activations(x).flatten(0, -3).double()  # (N, G, d)
+        q = codebook.sum_codes(ids).flatten(0, -3).double()
+        self.n += len(a)
+        self.error += (a - q).square().sum().item()
+        self.square += a.square().sum().item()
+        self.total = self.total + a.sum(0)
+
+    def fvu(self):
+        spread = self.square - (self.total.square().sum() / self.n).item()
+        return self.error / max(spread, 1e-30)
+
+
+@contextmanager
+def zeroed(model):
+    """Within the block all codes are zero, so that every site passes on nothing: zero ablation."""
+    books = codebooks(model).values()
+    codes = [codebook.codes.data for codebook in books]
+    try:
+        for codebook in books:
+            codebook.codes.data = torch.zeros_like(codebook.codes)
+        yield
+    finally:
+        for codebook, own in zip(books, codes):
+            codebook.codes.data = own
+
+
+def loss_recovered(loss, dense, zero):
+    """The share of what the sites are worth, by zero ablation, that the codes keep."""
+    return (zero - loss) / (zero - dense)
