@@ -68,41 +68,53 @@ def attach(
         raise ValueError("attach before torch.compile: a compiled model doesn't see new hooks")
     if codebooks(model):
         raise ValueError("this model has codebooks already: detach(model) takes them out")
-    modules = find_sites(model, sites, layers)
     how = {"similarity": similarity, "selection": selection, "relative": True}
-    base = getattr(model, "base_model", model)
     positions = Positions()
-    handles = [base.register_forward_pre_hook(find_positions, with_kwargs=True)]
-    for (site, layer), module in modules.items():
+    books = {}
+    for (site, layer), module in find_sites(model, sites, layers).items():
         width = width_of(model, module, site)
         parts = groups_of(model, site, width, groups)
         codebook = Codebook(of_site(n_codes, site), width // parts, of_site(k, site), parts, **how)
         codebook.name = f"{site}.{layer}"
         codebook.positions = positions
-        device = next(module.parameters()).device
-        module.codebook = codebook.to(device).train(module.training)
-        if site == "head":
-            handles.append(module.register_forward_pre_hook(through_input))
+        device = next(model.parameters()).device
+        device = next(module.parameters(), torch.empty(0, device=device)).device
+        books[module] = codebook.to(device).train(module.training)
+
+    handles = []
+    for part in wholes(model):
+        part.codebook_positions = positions
+        part.codebook_skip = skip
+        handles.append(part.register_forward_pre_hook(find_positions, with_kwargs=True))
+    model.codebook_handles = handles
+    for module, codebook in books.items():
+        module.codebook = codebook
+        if codebook.name.startswith("head."):
+            handle = module.register_forward_pre_hook(through_input)
         else:
-            handles.append(module.register_forward_hook(through_output))
-    base.codebook_positions = positions
-    base.codebook_skip = skip
-    base.codebook_handles = handles
+            handle = module.register_forward_hook(through_output)
+        handles.append(handle)
     return model
 
 
 def detach(model):
     """Takes out the codebooks that `attach` put in; the model is as it was, to the last bit."""
-    base = getattr(model, "base_model", model)
-    if not hasattr(base, "codebook_handles"):
+    if not hasattr(model, "codebook_handles"):
         raise ValueError("attach put no codebooks into this model")
-    for handle in base.codebook_handles:
+    for handle in model.codebook_handles:
         handle.remove()
-    del base.codebook_handles, base.codebook_positions, base.codebook_skip
+    del model.codebook_handles
+    for part in wholes(model):
+        del part.codebook_positions, part.codebook_skip
     for module in list(model.modules()):
         if isinstance(getattr(module, "codebook", None), Codebook):
             del module.codebook
     return model
+
+
+def wholes(model):
+    """The model, and what its user may call in its place: that without the last layer."""
+    return {model, getattr(model, "base_model", model)}
 
 
 # -- the hooks: module-level functions, so that a copy of the model has them, with its own codebooks
@@ -123,7 +135,7 @@ def through(codebook, x):
     """The codebook on x (B, T, d), or on (B * T, d), which OPT makes of it."""
     number = codebook.positions.number
     if x.dim() == 2 and number is not None:
-        return codebook(x.view(-1, number.shape[1], x.shape[-1])).view(x.shape)
+        return codebook(x.view(-1, number.shape[1], x.shape[1])).view(x.shape)
     return codebook(x)
 
 
@@ -132,7 +144,12 @@ def find_positions(module, arguments, named):
     if getattr(module, "_is_replica", False):
         raise ValueError("codebooks don't go through nn.DataParallel: DistributedDataParallel does")
     values = [*arguments, *named.values()]
-    tokens = next(x for x in values if isinstance(x, torch.Tensor))
+    tokens = [named.get("input_ids"), named.get("inputs_embeds"), *values]
+    tokens = next(x for x in tokens if isinstance(x, torch.Tensor))
+    positions = module.codebook_positions
+    if tokens.dim() == 2 and tokens.is_floating_point():  # (B, d)
+        positions.number = positions.skip = None
+        return
     n_rows, length = tokens.shape[:2]
     cache = next((x for x in values if hasattr(x, "get_seq_length")), None)
     past = 0 if cache is None else int(cache.get_seq_length())
@@ -145,7 +162,7 @@ def find_positions(module, arguments, named):
         wanted = f"({n_rows}, {past + length}), 1 for each token so far that is no padding"
         raise ValueError(f"codebooks need an attention_mask {wanted}")
     skip = (number < module.codebook_skip).expand(n_rows, length)
-    module.codebook_positions.advance(number, past > 0, skip if skip.any() else None)
+    positions.advance(number, past > 0, skip if skip.any() else None)
 
 
 # -- which modules

@@ -67,6 +67,7 @@ class PretrainedTokenizer:
         config = from_folder("AutoConfig", folder).get_text_config()
         self.tokenizer = from_folder("AutoTokenizer", folder)
         self.vocab_size = max(config.vocab_size, len(self.tokenizer))
+        self.most_tokens = getattr(config, "max_position_embeddings", 1 << 62) + 1
         own = self.tokenizer
         ends = (own.bos_token_id, own.eos_token_id, own.pad_token_id)
         self.separator = next((token for token in ends if token is not None), 0)

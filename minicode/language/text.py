@@ -70,7 +70,7 @@ class Text:
             self.tokenizer = Tokenizer(self.pieces)
         self.vocab_size = self.tokenizer.vocab_size
         self.vocabulary = [self.show([0, token]) for token in range(self.vocab_size)]
-        self.most_block = min(self.n_tokens) - 1
+        self.most_block = min(*self.n_tokens, self.tokenizer.most_tokens) - 1
         self.topics = [] if self.data else list(stories().topics)
         # What codes are compared with neurons on:
         self.detected = ("word", "after") if self.data else ("topic",)

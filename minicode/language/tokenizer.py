@@ -17,6 +17,7 @@ class Tokenizer:
     """Tokens of a text, and back. `pieces`: the vocabulary beyond bytes and separator, strings."""
 
     separator = SEPARATOR
+    most_tokens = 1 << 62  # in a sequence
 
     def __init__(self, pieces):
         self.ids = {piece: i for i, piece in enumerate(pieces, SEPARATOR + 1)}

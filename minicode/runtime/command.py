@@ -72,6 +72,8 @@ def command(argv, name, about, kind, presets, out, compare):
         data = kind(**given(args, kind))
         preset = "pretrained" if data.model and args.preset == "default" else args.preset
         settings = presets["default"] | presets[preset] | given(args, TrainConfig)
+        for name in data.sizes().keys() & given(args, TrainConfig).keys():
+            raise ValueError(f"{name} doesn't go with a pretrained model, which has its own")
         config = TrainConfig(**settings | data.sizes())
         session = open_session(config, data, args.out, args.resume, args.overwrite)
     first = processes.rank() == 0
