@@ -135,7 +135,7 @@ def test_codes_that_are_tried_detect_the_places(effect):
     topic = find_topic(effect.run, "topic:dog")
     names = effect.near(topic)
     assert len(set(names)) == 5 * topics.N_CANDIDATES
-    labels = np.where(effect.places(topic)[: topics.N_RECORDED], 0, -1)
+    labels = np.where(effect.places(topic)[: len(effect.recording.tokens)], 0, -1)
     f1 = detect(effect.recording, labels, ["dog"]).f1[:, 0]
     number = {str(code): i for i, code in enumerate(effect.recording.names)}
     order = [f1[number[name]] for name in names]

@@ -28,7 +28,7 @@ from minicode.language.stories import one_of, stories
 from minicode.model import evaluating
 from minicode.notation import Code
 from minicode.runtime.files import read_json, write
-from minicode.study.detectors import detect, record_codes
+from minicode.study.detectors import detect, n_recorded, record_codes
 
 BUDGET = 0.25  # nats a token by which forced codes may surprise the dense model
 CHOICES = "steering.json"  # its name in a run's folder
@@ -36,8 +36,8 @@ MOST = 12  # codes of a topic
 N_CANDIDATES = 8  # codes that are tried for each of them
 NEAR = 16  # tokens: a topic is what is said so near to its words
 N_WINDOWS = 1024  # of the text trained on, in which its words are looked for
-N_RECORDED = 512  # of them, those on which codes are recorded
-N_TRIED = 32  # and those on which codes are tried
+N_TRIED = 32  # of them, those on which codes are tried
+N_TRIED_PRETRAINED = 16
 
 
 # -- topics
@@ -171,7 +171,10 @@ class Effect:
         self.run = run
         rng = np.random.default_rng((run.config.seed, 5))
         self.tokens = run.data.sequences(rng, N_WINDOWS, run.config.block_size)
-        self.tried = torch.from_numpy(self.tokens[:N_TRIED]).to(run.model.device)
+        tried = self.tokens[:N_TRIED]
+        if run.data.model:  # it is larger, as is its vocabulary
+            tried = tried[:N_TRIED_PRETRAINED, :64]
+        self.tried = torch.from_numpy(tried).to(run.model.device)
         judge = run.dense or run.model
         with evaluating(judge):
             logits, _ = judge(self.tried)
@@ -179,8 +182,8 @@ class Effect:
 
     @cached_property
     def recording(self):
-        """The codes that fire in the first N_RECORDED windows; only a choice needs them."""
-        return record_codes(self.run.model, self.tokens[:N_RECORDED])
+        """The codes that fire in the first windows; only a choice needs them."""
+        return record_codes(self.run.model, self.tokens[: n_recorded(self.run)])
 
     def after(self, codes):
         """The distribution of each next token with codes forced: (n, T, vocab_size)."""
@@ -225,7 +228,7 @@ class Effect:
 
     def near(self, topic):
         """The codes that detect the places near the topic's words best, best first."""
-        labels = np.where(self.places(topic)[:N_RECORDED], 0, -1)
+        labels = np.where(self.places(topic)[: len(self.recording.tokens)], 0, -1)
         found = detect(self.recording, labels, [topic.title])
         best_first = np.argsort(-found.f1[:, 0], kind="stable")
         return [str(self.recording.names[i]) for i in best_first[: 5 * N_CANDIDATES]]

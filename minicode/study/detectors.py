@@ -20,6 +20,8 @@ from minicode.model import evaluating
 from minicode.notation import codes_of
 
 N_SEQUENCES = 512  # that codes are recorded on
+MOST_CHOICES = 1 << 26  # of codes, in all of them: large models get fewer sequences
+MOST_VALUES = 1 << 28  # of neurons
 
 
 class Recording:
@@ -69,13 +71,20 @@ class Recording:
 def held_out(run):
     """Tokens (n, T) of a run's data that it was not trained on, and their labels."""
     rng = np.random.default_rng((run.config.seed, 3))
-    return run.data.labelled(rng, N_SEQUENCES, run.config.block_size)
+    return run.data.labelled(rng, n_recorded(run), run.config.block_size)
+
+
+def n_recorded(run):
+    """On how many sequences the codes of a run are recorded."""
+    books = codebooks(run.model).values()
+    choices = run.config.block_size * sum(book.groups * book.k for book in books)
+    return min(N_SEQUENCES, max(16, MOST_CHOICES // choices))
 
 
 def record_codes(model, tokens):
     """A Recording of the model on tokens (n, T), a NumPy array."""
     codes = []
-    for part in torch.from_numpy(tokens).split(64):
+    for part in torch.from_numpy(tokens).split(16):
         with evaluating(model), record(model) as ids:
             model(part.to(model.device))
         joined = torch.cat([i.flatten(2) for i in ids.values()], dim=-1)
@@ -125,17 +134,25 @@ def best_labels(recording, kinds):
 
     A label is (kind, name, precision, recall, F1), and the best is that of the highest F1.
     """
-    labels = [(kind, name) for kind, (_, names) in kinds.items() for name in names]
-    found = [detect(recording, *known)[:3] for known in kinds.values()]
     best = [None] * len(recording.names)
-    if not labels:
-        return best
-    measures = np.concatenate(found, axis=-1)  # (3, codes, labels)
-    for code, label in enumerate(measures[-1].argmax(1)):
-        precision, recall, f1 = measures[:, code, label].tolist()
-        if f1:
-            best[code] = (*labels[label], precision, recall, f1)
+    highest = np.zeros(len(best))
+    for kind, (labels, names) in kinds.items():
+        for part, found in detect_in_parts(recording, labels, names):
+            label = found.f1.argmax(1)
+            f1 = found.f1.max(1)
+            for code in np.flatnonzero(f1 > highest):
+                measures = [found[i][code, label[code]].item() for i in range(3)]
+                best[code] = (kind, part[label[code]], *measures)
+            highest = np.maximum(highest, f1)
     return best
+
+
+def detect_in_parts(recording, labels, names, size=32):
+    """`detect` for so many labels at a time: yields their names, and Detectors."""
+    for first in range(0, len(names), size):
+        part = names[first : first + size]
+        there = (labels >= first) & (labels < first + len(part))
+        yield part, detect(recording, np.where(there, labels - first, -1), part)
 
 
 def matches(texts, pattern):
@@ -181,7 +198,7 @@ def inputs(model, modules, tokens):
 def neurons(model, tokens):
     """Activations (N, units): of the MLPs' hidden layers, and of what reaches the codebooks."""
     modules = {*codebooks(model).values(), *model.hidden()}  # each once
-    parts = [inputs(model, modules, part) for part in torch.from_numpy(tokens).split(64)]
+    parts = [inputs(model, modules, part) for part in torch.from_numpy(tokens).split(16)]
     return torch.cat(parts).flatten(0, 1)
 
 
@@ -210,16 +227,21 @@ def codes_against_neurons(run, recording, kinds, n_positions=2**15):
     the positions. {"code_precision", "neuron_precision": means over labels; "code_wins": the share
     of labels; "points": [(neuron's precision, code's, name), ...]}.
     """
-    rows = max(1, n_positions // recording.tokens.shape[1])
-    values = neurons(run.dense or run.model, recording.tokens[:rows])
+    length = recording.tokens.shape[1]
+    dense = run.dense or run.model
+    units = neurons(dense, recording.tokens[:1]).shape[1]
+    rows = max(1, min(n_positions, MOST_VALUES // units) // length)
+    values = neurons(dense, recording.tokens[:rows])
     points = []
     for labels, names in kinds:
         flat = labels[:rows].ravel()
-        found = detect(recording, labels, names)
-        best = found.f1.argmax(0), range(len(names))  # the best code of each label
-        precision = found.precision[best]
-        recall = found.recall[best]
-        detected = np.intersect1d(flat, recall.nonzero())
+        precision = []  # of the best code of each label
+        recall = []
+        for part, found in detect_in_parts(recording, labels, names):
+            best = found.f1.argmax(0), range(len(part))
+            precision += found.precision[best].tolist()
+            recall += found.recall[best].tolist()
+        detected = np.intersect1d(flat, np.flatnonzero(recall))
         wanted = [(label, recall[label]) for label in detected]
         neurons_found = best_neurons(values, torch.from_numpy(flat), wanted)
         for label, neuron in zip(detected, neurons_found):
