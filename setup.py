@@ -20,5 +20,9 @@ setup(
     },
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "ninja", "numpy", "tqdm"],
-    extras_require={"dev": ["pytest", "ruff~=0.17.6"]},
+    extras_require={
+        "hf": ["transformers>=4.56"],  # pretrained models: python -m minicode.train_text --model
+        "test": ["pytest"],
+        "dev": ["pytest", "ruff~=0.17.6"],
+    },
 )

@@ -12,7 +12,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from minicode.runtime import processes
 from minicode.runtime.arguments import SELECTIONS, check_one_of
-from minicode.topk import rows_of, topk_codes
+from minicode.start import CodesFromData
+from minicode.topk import topk_codes
 
 # What a codebook keeps of its last pass, and who takes part in it; a copy of it begins with these.
 OF_A_PASS = {
@@ -54,7 +55,7 @@ class Positions:
         return None if self.skip is None else ~self.skip.to(x.device).view(x.shape[:-1])
 
 
-class Codebook(nn.Module):
+class Codebook(CodesFromData, nn.Module):
     """Replaces activations (..., groups * dim) by sums of codes, of n_codes for each group.
 
     q = sum of E_i for the k chosen codes i (paper, section 2.1; its released code divides by k, we
@@ -192,115 +193,6 @@ class Codebook(nn.Module):
         count = torch.zeros_like(self.usage)
         count.view(-1).index_add_(0, rows, (ids >= 0).flatten().to(count.dtype))
         return count
-
-    # -- before training, and in it
-
-    @torch.no_grad()
-    def revive(self, optimizer, generator=None):
-        """Moves dead codes onto what is left over of inputs of the last training batch.
-
-        Dead is a code chosen less than a twentieth as often as the mean code since the last call.
-        What is left over for a last code, after the others (for k = 1, the input itself), is drawn
-        as `start` draws its seeds, but by the fourth power of the error, not the second: so a dead
-        code goes to something that has no code of its own yet, rather than to the fringe of
-        something that has one. The optimizer's moments of a revived code are set to zero. Returns
-        how many were dead.
-        """
-        dead = self.usage < 0.05 * self.usage.mean(-1, keepdim=True)  # (G, C)
-        self.usage.zero_()
-        if self.inputs is None or not dead.any():
-            return 0
-        a = processes.all_rows(self.inputs)  # (N, G, d)
-        ids = self.search(a)
-        error = (a - self.sum_codes(ids)).transpose(0, 1).square().sum(-1)  # (G, N)
-        others = self.sum_codes(ids[..., :-1]) if self.k > 1 else 0
-        left = (a - others).transpose(0, 1)  # (G, N, d)
-        n_seeds = min(int(dead.sum(-1).max()), len(a))
-        seeds = self._seeds(left, n_seeds, generator, error, power=2)
-        rank = (dead.cumsum(-1) - 1).clamp(0, n_seeds - 1)  # the first dead code: the first seed
-        self.codes.copy_(torch.where(dead.unsqueeze(-1), rows_of(seeds, rank), self.codes))
-        for moment in optimizer.state[self.codes].values():
-            if moment.shape == self.codes.shape:
-                moment[dead] = 0
-        processes.take_from_first(self)
-        return int(dead.sum())
-
-    @torch.no_grad()
-    def start(self, inputs, rounds=10, generator=None):
-        """Sets the codes by k-means on recorded inputs (..., groups * dim).
-
-        For k > 1 they are a k-th of the clusters' means to begin with, and then fitted to the
-        inputs: sums of means are blurred. ValueError where there are fewer inputs than codes.
-        """
-        inputs = self.activations(inputs).flatten(0, -3)  # (N, G, d)
-        if len(inputs) < self.n_codes:
-            needed = f"{self.n_codes} codes need as many inputs to start from"
-            raise ValueError(f"{needed}, not {len(inputs)}")
-        a = inputs.transpose(0, 1).contiguous()  # (G, N, d)
-        self.codes.copy_(self._seeds(a, self.n_codes, generator))
-        for _ in range(rounds):
-            ids, _ = self._nearest(a, self.codes)  # (G, N)
-            ids = ids.T.unsqueeze(-1)  # (N, G, 1)
-            count = self.count(ids).unsqueeze(-1)  # (G, C, 1)
-            total = self._gather(self._bags(ids), inputs)
-            self.codes.copy_(torch.where(count > 0, total / count.clamp_min(1), self.codes))
-        self.codes /= self.k
-        for _ in range(rounds if self.k > 1 else 0):
-            self._fit(inputs)
-        self.usage.zero_()
-        processes.take_from_first(self)
-
-    def _fit(self, a):
-        """Moves the codes towards those that rebuild a (N, G, d) best, chosen as they are now.
-
-        Least squares: with S (N, C) how often each code is chosen, (SᵀS + 1) move = Sᵀ(a - SE), a
-        group at a time; by five steps of conjugate gradients, for which SᵀS need not be stored.
-        """
-        ids = self.search(a)  # (N, G, k)
-        bags = self._bags(ids)
-        lack = self._gather(bags, a - self.sum_codes(ids))  # (G, C, d)
-        towards = lack
-        for _ in range(5):
-            pull = self._gather(bags, self._sum(towards, ids)) + towards
-            error = lack.square().sum(1, keepdim=True)  # (G, 1, d): each dimension goes its own way
-            length = error / (towards * pull).sum(1, keepdim=True).clamp_min(1e-30)
-            self.codes += length * towards
-            lack = lack - length * pull
-            turn = lack.square().sum(1, keepdim=True) / error.clamp_min(1e-30)
-            towards = lack + turn * towards
-
-    def _bags(self, ids):
-        """For `_gather`: the places of ids (N, G, k), code by code, and where each code begins."""
-        rows = self._rows(ids).flatten()
-        places = rows.argsort(stable=True) // ids.shape[-1]
-        count = rows.bincount(minlength=self.groups * self.n_codes)
-        return places, count.cumsum(0) - count
-
-    def _gather(self, bags, values):
-        """By code, the sum of values (N, G, d) at its places: (G, C, d)."""
-        places, begin = bags
-        total = F.embedding_bag(places, values.flatten(0, 1), begin, mode="sum")
-        return total.view(self.codes.shape)
-
-    def _nearest(self, a, codes):
-        """For each of a (G, N, d): the nearest code's id, its squared distance; both (G, N)."""
-        ids = topk_codes(a.transpose(0, 1), codes, 1, "distance")[1].squeeze(-1).T
-        return ids, (a - rows_of(codes, ids)).square().sum(-1)
-
-    def _seeds(self, a, n, generator, nearest=None, power=1):
-        """n of a (G, N, d), far from each other and from what is at distances `nearest` (G, N).
-
-        In 16 lots, each drawn in proportion to the squared distance, to that power, from what was
-        drawn before (k-means||, Bahmani et al. 2012): rare clusters get codes, and none gets many.
-        """
-        seeds = []
-        for lot in torch.arange(n).tensor_split(min(16, n)):
-            weights = torch.ones_like(a[..., 0]) if nearest is None else nearest**power + 1e-12
-            drawn = rows_of(a, torch.multinomial(weights, len(lot), generator=generator))
-            _, distance = self._nearest(a, drawn)
-            nearest = distance if nearest is None else torch.minimum(nearest, distance)
-            seeds.append(drawn)
-        return torch.cat(seeds, dim=1)
 
     def get_extra_state(self):
         """So that a saved model knows whether its codebooks were on."""

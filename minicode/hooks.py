@@ -77,24 +77,26 @@ def attach(
         codebook = Codebook(of_site(n_codes, site), width // parts, of_site(k, site), parts, **how)
         codebook.name = f"{site}.{layer}"
         codebook.positions = positions
-        device = next(model.parameters()).device
-        device = next(module.parameters(), torch.empty(0, device=device)).device
-        books[module] = codebook.to(device).train(module.training)
+        weights = next(module.parameters(), next(model.parameters()))
+        books[module] = codebook.to(weights.device).train(module.training)
+    install(model, books, positions, skip)
+    return model
 
+
+def install(model, books, positions, skip):
+    """Hangs each codebook of {module: codebook} into its module, and hooks on both."""
     handles = []
     for part in wholes(model):
         part.codebook_positions = positions
         part.codebook_skip = skip
         handles.append(part.register_forward_pre_hook(find_positions, with_kwargs=True))
-    model.codebook_handles = handles
     for module, codebook in books.items():
         module.codebook = codebook
         if codebook.name.startswith("head."):
-            handle = module.register_forward_pre_hook(through_input)
+            handles.append(module.register_forward_pre_hook(through_input))
         else:
-            handle = module.register_forward_hook(through_output)
-        handles.append(handle)
-    return model
+            handles.append(module.register_forward_hook(through_output))
+    model.codebook_handles = handles
 
 
 def detach(model):

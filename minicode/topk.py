@@ -154,7 +154,7 @@ def best_of(scores, k):
 
 
 def pursue_in_chunks(x, codes, k, similarity, blocked=None):
-    """pursuit_definition, in chunks of rows whose scores take 64 MB, or on a CPU 1.
+    """pursuit_definition, in chunks of rows whose scores take 64 MB, or on a CPU 8 or 1.
 
     All scores are computed once, and then k times what the code just chosen takes off them, by the
     Gram matrix (the products of all codes with each other). Where that would take more than 256 MB,
@@ -170,7 +170,11 @@ def pursue_in_chunks(x, codes, k, similarity, blocked=None):
     fits = groups * n_codes**2 <= 1 << 26  # 256 MB
     if pays and fits:
         gram = change_by_choice(codes, table)  # (G, C, C)
-    most = 1 << 24 if x.is_cuda else 1 << 21 if by_extension else 1 << 18
+    most = 1 << 18
+    if by_extension:
+        most = 1 << 21
+    elif x.is_cuda:
+        most = 1 << 24
     found = []
     for left, bad in chunks(x, n_codes, blocked, most):
         if gram is not None and by_extension:

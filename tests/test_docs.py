@@ -44,6 +44,15 @@ def default_run(tmp_path_factory):
 NUMBER = re.compile(r"-?\d+\.?\d*")
 
 
+def make_smollm2(folder):
+    """What the blocks on pretrained models are run on: a tiny random one, and a text."""
+    pytest.importorskip("transformers", reason="pip install '.[hf]' has the blocks that need it")
+    from test_pretrained_run import make_folder
+
+    make_folder(folder / "smollm2")
+    (folder / "wikitext.txt").write_text("The film was loud, and the king had seen it.\n\n" * 2000)
+
+
 def assert_alike(printed, expected, tolerance):
     """The same text, and numbers that differ by no more than that; whole ones not at all."""
     assert NUMBER.sub("#", printed) == NUMBER.sub("#", expected)
@@ -64,6 +73,8 @@ def test_python_blocks_run_in_order_and_print_what_stands_below(
     block_and_output = r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```)?"
     pairs = re.findall(block_and_output, (ROOT / name).read_text(), flags=re.M | re.S)
     assert pairs
+    if any("transformers" in block for block, _ in pairs):
+        make_smollm2(tmp_path)
     for block, expected in pairs:
         capsys.readouterr()
         exec(compile(block, name, "exec"), namespace)

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "minicode").rglob("*.py"))
 METHOD = ["topk", "codebook", "model", "control"]
+BESIDE = ["start", "notation"]  # what the method uses, in files of their own
 COMMANDS = ["train_fsm", "train_text", "sample", "interpret", "ablate", "bench", "__main__"]
 BELOW_THE_METHOD = ["extension", "native", "gpu", "precision", "arguments", "processes", "options"]
 LAYOUT = {
@@ -55,11 +56,11 @@ def test_code_is_not_dense():
         if tokens[path]:
             assert tokens[path] / len(lines[path]) <= 8.0, path
     total = sum(tokens.values())
-    assert total <= 40_000
+    assert total <= 44_500
     assert total / sum(len(some) for some in lines.values()) <= 7.0
     full = sum(bool(line.strip()) for some in lines.values() for line in some)
     assert total / full <= 8.5
-    assert sum(tokens[ROOT / "minicode" / f"{name}.py"] for name in METHOD) <= 7_100
+    assert sum(tokens[ROOT / "minicode" / f"{name}.py"] for name in METHOD) <= 6_700
 
 
 @pytest.mark.parametrize("folder", ["minicode", "tests"])
@@ -99,7 +100,7 @@ def test_imports_form_a_graph_without_circles_from_the_method_to_the_commands():
             assert not others & set(COMMANDS), f"{name} imports a command"
     below = [f"runtime.{name}" for name in BELOW_THE_METHOD]
     for name in METHOD:
-        room = {other for other in graph[name] if other not in METHOD}
+        room = {other for other in graph[name] if other not in METHOD + BESIDE}
         assert room <= set(below), f"{name} imports {room}"
     for name in below:
         assert graph[name] <= set(below), f"{name} imports {graph[name]}"
