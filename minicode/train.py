@@ -79,7 +79,7 @@ def train_step(model, forward, optimizer, config, step, data):
     forward: the model as it is called, compiled or wrapped.
     """
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
+        group["lr"] = group["times"] * learning_rate(config, step)
     optimizer.zero_grad()
     x, y = batch(config, data, model.device, 0, step)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):

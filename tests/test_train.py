@@ -87,7 +87,7 @@ def test_gradients_of_a_step_are_those_of_loss_and_pulls(fsm):
     model = GPT(config)
     other = GPT(config)
     other.load_state_dict(model.state_dict())
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD([{"params": model.parameters(), "times": 1.0}], lr=1.0)
     training.train_step(model, model, optimizer, config, 0, fsm)
     _, loss = other(*training.batch(config, fsm, "cpu", 0, 0))
     for codebook in codebooks(other).values():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from minicode.codebook import use_codebooks
+from minicode.codebook import codebooks, use_codebooks
 from minicode.fsm import FSM
 from minicode.language.pretrained import Pretrained
 from minicode.language.text import Text
@@ -52,10 +52,19 @@ def make_model(config, data):
 
 
 def make_optimizer(model, config):
-    """AdamW, with weight decay on matrices, but on no bias, gain or code."""
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if p.dim() != 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others}]
+    """AdamW, with weight decay on matrices, but on no bias, gain or code.
+
+    "times": by what `train_step` multiplies the learning rate.
+    """
+    codes = [codebook.codes for codebook in codebooks(model).values()]
+    known = {*codes}
+    weights = [p for p in model.parameters() if p not in known]
+    groups = [
+        {"params": [p for p in weights if p.dim() == 2], "weight_decay": 0.1, "times": 1.0},
+        {"params": [p for p in weights if p.dim() != 2], "times": 1.0},
+        {"params": codes, "times": config.codes_lr},
+    ]
+    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), weight_decay=0)
 
 
