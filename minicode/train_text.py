@@ -37,10 +37,11 @@ PRESETS["pretrained"] = {
     "k": 8,
     "groups_mlp": 16,
     "block_size": 256,
-    "batch_size": 8,
-    "steps": 500,
+    "batch_size": 4,
+    "steps": 300,
     "eval_every": 100,
     "lr": 1e-4,
+    "codes_lr": 10.0,
     "dense_share": 0.0,
     "commitment": 0.0,
 }
