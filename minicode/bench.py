@@ -42,6 +42,7 @@ TEXT_STEPS = {  # of train_text, where k is 8
     "nearest, PyTorch": ({"selection": "nearest"}, False),
     "pursuit, PyTorch": ({"selection": "pursuit"}, False),
     "nearest, extension": ({"selection": "nearest"}, True),
+    "pursuit, extension": ({"selection": "pursuit"}, True),
 }
 
 

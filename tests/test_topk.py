@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from minicode import topk_codes
+from minicode import topk, topk_codes
 from minicode.runtime import extension, gpu
 from minicode.runtime.arguments import SIMILARITIES
 from minicode.runtime.precision import float32_throughout
@@ -160,6 +160,32 @@ def test_pursuit_of_what_is_no_number():
                 assert ((ids >= 0) & (ids < 9)).all()
                 assert (ids.sort(-1).values.diff(dim=-1) > 0).all()
     assert pursue(torch.empty(0, 4), codes, 3).shape == (0, 3)
+
+
+@pytest.mark.parametrize("n_codes", [1, 5, 16, 63, 64, 65, 200])
+def test_the_extensions_choices_are_those_of_the_loop_to_the_last_bit(backend, n_codes):
+    """Whole vectors and what is left over; equal scores; sums that are no finite number."""
+    if backend != "extension" or torch.empty(0).is_cuda:
+        pytest.skip("it is the extension's on a CPU that is tested")
+    torch.manual_seed(0)
+    products = torch.randint(-4, 5, (2, 30, n_codes)).float()
+    products[:, :6] += torch.randn(2, 6, n_codes)
+    products[0, 7, ::3] = torch.nan
+    products[1, 8, 1::3] = torch.inf
+    products[0, 9] = -torch.inf
+    products[1, 10] = torch.nan
+    offset = torch.randint(-2, 3, (2, 1, n_codes)).float()
+    change = torch.randint(-3, 4, (2, n_codes, n_codes)).float()
+    change.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+    scores = topk.finite(products + offset)
+    k = min(n_codes, 7)
+    best = []
+    for _ in range(k):
+        best.append(scores.max(-1))
+        scores = scores + topk.rows_of(change, best[-1].indices)
+    found = torch.ops.minicode_native.pursue(products, offset, change, k)
+    assert torch.equal(found[0], torch.stack([one.values for one in best], -1))
+    assert torch.equal(found[1], torch.stack([one.indices for one in best], -1))
 
 
 def test_pursuit_of_one_code_is_the_search():
@@ -413,6 +439,9 @@ def test_opcheck(backend, n_rows, dim, k, similarity):
     if backend == "extension" and not x.is_cuda:
         kind = SIMILARITIES.index(similarity)
         torch.library.opcheck(torch.ops.minicode_native.topk, (x, codes, k, kind, True))
+        change = torch.randn(2, 300, 300)
+        pursued = (torch.randn(2, n_rows, 300), torch.randn(2, 1, 300), change, k)
+        torch.library.opcheck(torch.ops.minicode_native.pursue, pursued)
 
 
 X = torch.zeros(3, 4)
