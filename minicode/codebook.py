@@ -118,16 +118,17 @@ class Codebook(CodesFromData, nn.Module):
         if not self.enabled:
             return x
         kept = self.positions.kept(x)
-        if kept is None:
-            out = self.replace(x)
-        else:
-            out = x.clone()
-            out[kept] = self.replace(x[kept])
-            ids = self.ids.new_full((*kept.shape, self.groups, self.k), -1)
-            ids[kept] = self.ids
-            self.ids = ids
+        out = self.replace(x) if kept is None else self.replace_kept(x, kept)
         for listen in self.listeners:
             listen(self)
+        return out
+
+    @torch.compiler.disable  # how many inputs are kept depends on the data
+    def replace_kept(self, x, kept):
+        """The same where kept (...) is true; x itself elsewhere, and ids of -1."""
+        out = x.index_put((kept,), self.replace(x[kept]))
+        nothing = self.ids.new_full((*kept.shape, self.groups, self.k), -1)
+        self.ids = nothing.index_put((kept,), self.ids)
         return out
 
     def replace(self, x):
