@@ -72,6 +72,8 @@ def attach(
     positions = Positions()
     books = {}
     for (site, layer), module in find_sites(model, sites, layers).items():
+        if module in books:
+            raise ValueError(f"{site}.{layer} and {books[module].name} are the same module")
         width = width_of(model, module, site)
         parts = groups_of(model, site, width, groups)
         codebook = Codebook(of_site(n_codes, site), width // parts, of_site(k, site), parts, **how)

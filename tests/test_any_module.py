@@ -240,6 +240,7 @@ def test_attach_by_pattern_and_detach():
         ({"mlp": "layers.*.ffn.*"}, {}, r"layers.0.ffn.0 and layers.0.ffn.1"),
         ({"mlp": "layers.*.ffn.1"}, {}, "how wide is what ReLU gives"),
         ({"mlp": "layers.*.ffn"}, {"groups": 5}, r"groups \(5\) must divide the 32 dimensions"),
+        ({"a": "layers.*.out", "b": "layers.*.out"}, {}, "b.0 and a.0 are the same module"),
         ({"mlp": "layers.*.ffn"}, {"layers": [3]}, "layers: this model has 0 to 2, not 3"),
         ({"mlp": "layers.*.ffn"}, {"k": {"head": 1}}, "has nothing for the site mlp"),
         ({"mlp": "layers.*.ffn"}, {"k": 9, "n_codes": 8}, "k must be from 1 to the 8 codes"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import RUN_FILES, TINY, read_metrics
 
-from minicode import FSM, GPT, load_run
+from minicode import FSM, GPT, Codebook, load_run
 from minicode import train as training
 from minicode.bench import main as bench
 from minicode.codebook import codebooks
@@ -243,6 +243,29 @@ def test_a_signal_leaves_a_checkpoint_of_the_step_it_came_in(tmp_path, monkeypat
     monkeypatch.setattr(training, "train_step", interrupted)
     assert train_fsm(["--out", str(tmp_path / "run"), *TINY, *SHORT]) == 130
     assert torch.load(tmp_path / "run" / "train_state.pt", weights_only=True)["step"] == 3
+
+
+def test_a_signal_while_codebooks_start_is_not_kept_waiting_and_loses_nothing(
+    tiny_run, tmp_path, monkeypatch
+):
+    real = Codebook.start
+    started = []
+
+    def interrupted(self, *arguments, **named):
+        started.append(self.name)
+        if len(started) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *arguments, **named)
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Codebook, "start", interrupted)
+        assert train_fsm(["--out", str(folder), *TINY]) == 130
+    assert started == ["head.0", "mlp.0"]  # of four
+    assert torch.load(folder / "train_state.pt", weights_only=True)["step"] == 30
+    assert train_fsm(["--out", str(folder), *TINY, "--resume"]) == 0
+    one, other = (torch.load(run / "model.pt", weights_only=True) for run in (tiny_run, folder))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_existing_runs_are_never_lost(tiny_run, tmp_path, capsys):
