@@ -31,7 +31,7 @@ class Positions:
 
     number   (B or 1, T): of each input, from 0 at its sequence's first token; -1 for padding
     prompt   (B or 1, 1): how many tokens the prompt has, which is the last pass without a cache
-    past     whether this pass goes on where the one before it ended
+    past     how many positions were there before this pass, in a cache
     skip     bool (B, T): inputs that pass through untouched and uncounted; None: there are none
 
     A model that sets nothing has none: control then counts a codebook's inputs as they come.
@@ -39,15 +39,19 @@ class Positions:
 
     number = None
     prompt = None
-    past = False
+    past = 0
     skip = None
+    as_they_come = None  # for minicode.hooks
+    with_gradients = False
 
     def advance(self, number, past, skip=None):
         """Called by the model before each pass."""
         self.number = number
         self.past = past
         self.skip = skip
-        if not past:
+        self.with_gradients = torch.is_grad_enabled()
+        # Of one new token behind a cache the prompt is that of the pass before.
+        if number.shape[1] > 1 or not past or self.prompt is None:
             self.prompt = number.amax(-1, keepdim=True) + 1
 
     def kept(self, x):
@@ -146,13 +150,21 @@ class Codebook(CodesFromData, nn.Module):
 
     def learn(self, a, q):
         """What training needs of a pass: the two errors, how often each code was chosen."""
-        scale = a.detach().flatten(0, -3).var(0).mean().clamp_min(1e-12) if self.relative else 1
+        if self.positions.with_gradients and not torch.is_grad_enabled():
+            raise ValueError("checkpoint activations with use_reentrant=False: codes learn nothing")
+        scale = self.scale(a.detach()) if self.relative else 1
         self.autoencoding = F.mse_loss(q, a.detach()) / scale
         self.commitment = F.mse_loss(a, q.detach()) / scale
         self.inputs = a.detach().reshape(-1, self.groups, self.dim)
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             # Not when a checkpoint of the activations is run again, within the backward pass.
             self.usage += processes.add_up(self.count(self.ids))
+
+    def scale(self, a):
+        """The variance of activations a (..., G, d); of a single one, its mean square."""
+        rows = a.flatten(0, -3)
+        spread = rows.var(0, correction=0) if len(rows) > 1 else rows.square()
+        return spread.mean().clamp_min(1e-12)
 
     def activations(self, x):
         """What is searched for: x (..., groups * dim) as (..., G, d)."""
@@ -191,9 +203,19 @@ class Codebook(CodesFromData, nn.Module):
     def count(self, ids):
         """How often ids (..., G, k) name each code: (G, C); -1 names none."""
         rows = self._rows(ids.clamp_min(0)).flatten()
-        count = torch.zeros_like(self.usage)
+        count = torch.zeros_like(self.usage, dtype=torch.float32)
         count.view(-1).index_add_(0, rows, (ids >= 0).flatten().to(count.dtype))
         return count
+
+    def _apply(self, fn, recurse=True):
+        """Goes where the model goes, but not to half precision, in which counts end at 256."""
+
+        def keep(tensor):
+            moved = fn(tensor)
+            half = moved.dtype in (torch.float16, torch.bfloat16)
+            return tensor.to(moved.device) if half else moved
+
+        return super()._apply(keep, recurse)
 
     def get_extra_state(self):
         """So that a saved model knows whether its codebooks were on."""

@@ -24,8 +24,9 @@ def record(model):
 
     G is the number of heads, or of an MLP's groups, else 1; in the order of choice, the strongest
     first; -1 where inputs passed through untouched. (B, T) is the leading shape of the codebook's
-    own input. Passes with a cache are joined. So codes["head.0"][0, 5, 3] is what head 3 of layer 0
-    chose at position 5 of the first sequence: (k,). ValueError if the model has no codebook.
+    own input. So codes["head.0"][0, 5, 3] is what head 3 of layer 0 chose at position 5 of the
+    first sequence: (k,). Passes with a cache are joined, but not as beam search reorders them.
+    ValueError if the model has no codebook, or none was run.
     """
     codes = {}
     names = {codebook: name for name, codebook in codebooks(model).items()}
@@ -36,13 +37,16 @@ def record(model):
     def listen(codebook):
         check_alone(codebook)
         name = names[codebook]
-        past = [codes[name]] if codebook.positions.past and name in codes else []
-        codes[name] = torch.cat([*past, codebook.ids], dim=1)
+        past = codebook.positions.past
+        before = [codes[name][:, :past]] if past and name in codes else []
+        codes[name] = torch.cat([*before, codebook.ids], dim=1)
 
     for codebook in names:
         codebook.listeners += (listen,)
     try:
         yield codes
+        if not codes and any(codebook.enabled for codebook in names):
+            raise ValueError("nothing was recorded: within the block no codebook was run")
     finally:
         for codebook in names:
             codebook.listeners = tuple(other for other in codebook.listeners if other != listen)

@@ -5,6 +5,7 @@ is a submodule of the module whose hook it is, so that the model's copies, its s
 device take it along.
 """
 
+import inspect
 import re
 from contextlib import ExitStack, suppress
 
@@ -45,7 +46,7 @@ def attach(
     groups=None,
     similarity="distance",
     selection="pursuit",
-    skip=1,
+    skip=None,
 ):
     """Puts codebooks into a model, by hooks, and returns the model.
 
@@ -55,11 +56,12 @@ def attach(
              names that the sites are to have: {"mlp": "layers.*.ffn"}, where * stands for one part.
              A module's output goes through the codebook; for "head" what goes into it
     layers   those that get codebooks, as numbers from 0; None: all
-    n_codes  and k: for all sites, or by site: {"head": 512, "mlp": 1024}
+    n_codes  and k, and groups: for all sites, or by site: {"head": 512, "mlp": 1024}
     groups   parts into which a site's width is cut, each with codes of its own. None: at "head" as
-             many as there are heads, elsewhere 16 where they divide the width, else 1
+             many as there are heads, at "mlp" 16 where they divide the width, else 1
     skip     so many tokens at the start of each row go by untouched, and padding does: in many
-             models the first token's activations are hundreds of times larger than the others'
+             language models the first token's activations are hundreds of times larger than the
+             others'. None: 1 in a causal model of transformers, 0 elsewhere
 
     The codebooks are named mlp.LAYER and so on. They are on, and their codes random, until
     `start_codebooks(model, tokens)`. ValueError for what the model doesn't have.
@@ -69,7 +71,9 @@ def attach(
     if codebooks(model):
         raise ValueError("this model has codebooks already: detach(model) takes them out")
     how = {"similarity": similarity, "selection": selection, "relative": True}
+    causal = is_causal(model)
     positions = Positions()
+    positions.as_they_come = None if causal else skip or 0
     books = {}
     for (site, layer), module in find_sites(model, sites, layers).items():
         if module in books:
@@ -80,25 +84,28 @@ def attach(
         codebook.name = f"{site}.{layer}"
         codebook.positions = positions
         weights = next(module.parameters(), next(model.parameters()))
+        if weights.is_meta:
+            raise ValueError("attach before the weights are moved out of memory: these are gone")
         books[module] = codebook.to(weights.device).train(module.training)
-    install(model, books, positions, skip)
+    handles = []
+    for part in wholes(model) if causal else ():
+        part.codebook_positions = positions
+        part.codebook_skip = 1 if skip is None else skip
+        handles.append(part.register_forward_pre_hook(find_positions, with_kwargs=True))
+    model.codebook_handles = handles + install(books)
     return model
 
 
-def install(model, books, positions, skip):
-    """Hangs each codebook of {module: codebook} into its module, and hooks on both."""
+def install(books):
+    """Hangs each codebook of {module: codebook} into its module, with a hook; returns those."""
     handles = []
-    for part in wholes(model):
-        part.codebook_positions = positions
-        part.codebook_skip = skip
-        handles.append(part.register_forward_pre_hook(find_positions, with_kwargs=True))
     for module, codebook in books.items():
         module.codebook = codebook
         if codebook.name.startswith("head."):
             handles.append(module.register_forward_pre_hook(through_input))
         else:
             handles.append(module.register_forward_hook(through_output))
-    model.codebook_handles = handles
+    return handles
 
 
 def detach(model):
@@ -109,7 +116,8 @@ def detach(model):
         handle.remove()
     del model.codebook_handles
     for part in wholes(model):
-        del part.codebook_positions, part.codebook_skip
+        vars(part).pop("codebook_positions", None)
+        vars(part).pop("codebook_skip", None)
     for module in list(model.modules()):
         if isinstance(getattr(module, "codebook", None), Codebook):
             del module.codebook
@@ -137,9 +145,13 @@ def through_output(module, arguments, output):
 
 def through(codebook, x):
     """The codebook on x (B, T, d), or on (B * T, d), which OPT makes of it."""
-    number = codebook.positions.number
-    if x.dim() == 2 and number is not None:
-        return codebook(x.view(-1, number.shape[1], x.shape[1])).view(x.shape)
+    positions = codebook.positions
+    if positions.as_they_come is not None and x.dim() > 2:
+        number = torch.arange(x[0, ..., 0].numel(), device=x.device).unsqueeze(0)
+        skip = (number < positions.as_they_come).expand(len(x), -1)
+        positions.advance(number, 0, skip if skip.any() else None)
+    if x.dim() == 2 and positions.number is not None:
+        return codebook(x.view(-1, positions.number.shape[1], x.shape[1])).view(x.shape)
     return codebook(x)
 
 
@@ -147,15 +159,13 @@ def find_positions(module, arguments, named):
     """Before each pass: where its tokens stand in their sequences, by the mask and the cache."""
     if getattr(module, "_is_replica", False):
         raise ValueError("codebooks don't go through nn.DataParallel: DistributedDataParallel does")
-    values = [*arguments, *named.values()]
-    tokens = [named.get("input_ids"), named.get("inputs_embeds"), *values]
-    tokens = next(x for x in tokens if isinstance(x, torch.Tensor))
-    positions = module.codebook_positions
-    if tokens.dim() == 2 and tokens.is_floating_point():  # (B, d)
-        positions.number = positions.skip = None
-        return
+    named = {**dict(zip(inspect.signature(module.forward).parameters, arguments)), **named}
+    tokens = named.get("input_ids")
+    tokens = named.get("inputs_embeds") if tokens is None else tokens
+    if not isinstance(tokens, torch.Tensor) or tokens.dim() < 2:
+        raise ValueError("codebooks need input_ids (B, T), or inputs_embeds (B, T, d)")
     n_rows, length = tokens.shape[:2]
-    cache = next((x for x in values if hasattr(x, "get_seq_length")), None)
+    cache = next((x for x in named.values() if hasattr(x, "get_seq_length")), None)
     past = 0 if cache is None else int(cache.get_seq_length())
     mask = named.get("attention_mask")
     if mask is None:
@@ -164,9 +174,11 @@ def find_positions(module, arguments, named):
         number = (mask.long().cumsum(-1) - 1).where(mask.bool(), -1)[:, past:]
     else:
         wanted = f"({n_rows}, {past + length}), 1 for each token so far that is no padding"
-        raise ValueError(f"codebooks need an attention_mask {wanted}")
+        raise ValueError(
+            f"codebooks need an attention_mask {wanted} (a static cache makes another of it)"
+        )
     skip = (number < module.codebook_skip).expand(n_rows, length)
-    positions.advance(number, past > 0, skip if skip.any() else None)
+    module.codebook_positions.advance(number, past, skip if skip.any() else None)
 
 
 # -- which modules
@@ -177,8 +189,10 @@ def find_sites(model, sites, layers):
     if isinstance(sites, dict):
         found = find_patterns(model, sites)
     else:
-        found = find_in_blocks(model, sites.split(","))
+        names = sites.split(",") if isinstance(sites, str) else sites
+        found = find_in_blocks(model, [name.strip() for name in names])
     there_are = {layer for _, layer in found}
+    layers = [layers] if isinstance(layers, int) else layers
     for layer in layers or ():
         if layer not in there_are:
             raise ValueError(f"layers: this model has 0 to {max(there_are)}, not {layer}")
@@ -189,15 +203,15 @@ def find_sites(model, sites, layers):
 def find_in_blocks(model, sites):
     """The sites of a causal model of transformers."""
     by_pattern = 'name its modules by pattern, as in attach(model, {"mlp": "layers.*.ffn"})'
-    config = config_of(model)
-    if config is None or getattr(config, "is_encoder_decoder", False):
+    if not is_causal(model):
         what = f"{type(model).__name__} is no causal model of transformers"
         raise ValueError(f"{what}: {by_pattern}")
     for site in sites:
         if site not in PATHS:
             raise ValueError(f"there is no site {site!r}; the sites are {', '.join(PATHS)}")
-    n_layer = config.num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layer]
+    n_layer = config_of(model).num_hidden_layers
+    text = model.get_decoder() or model  # of a model that sees too, the part that reads
+    lists = [m for m in text.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layer]
     found = {}
     for layer, block in enumerate(lists[0] if lists else ()):
         inside = dict(block.named_modules())
@@ -242,6 +256,11 @@ def config_of(model):
     return config.get_text_config() if hasattr(config, "get_text_config") else None
 
 
+def is_causal(model):
+    config = config_of(model)
+    return config is not None and not config.is_encoder_decoder
+
+
 def of_site(value, site):
     """An argument that may be one for each site."""
     if not isinstance(value, dict):
@@ -281,7 +300,8 @@ def groups_of(model, site, width, groups):
         return config.num_attention_heads
     if groups is None:
         return GROUPS if site == "mlp" and width % GROUPS == 0 else 1
-    if width % groups:
+    groups = of_site(groups, site)
+    if groups < 1 or width % groups:
         raise ValueError(f"groups ({groups}) must divide the {width} dimensions at {site}")
     return groups
 
@@ -302,6 +322,7 @@ def start_codebooks(model, *inputs, generator=None, **named):
     doesn't count. ValueError for fewer tokens than codes, or a codebook that never came.
     """
     waiting = {codebook: name for name, codebook in codebooks(model).items()}
+    were_on = {codebook: codebook.enabled for codebook in waiting}
 
     def start(codebook, arguments):
         if codebook in waiting:
@@ -323,6 +344,13 @@ def start_codebooks(model, *inputs, generator=None, **named):
             stack.enter_context(codebook.register_forward_pre_hook(start))
             stack.enter_context(codebook.register_forward_hook(end))
         stack.enter_context(suppress(_Done))
-        model(*inputs, **named)
+        try:
+            model(*inputs, **named)
+        except Exception as error:
+            if isinstance(error, _Done):
+                raise
+            for codebook, was_on in were_on.items():
+                codebook.enabled = was_on
+            raise
     if waiting:
         raise ValueError(f"these codebooks were not reached: {', '.join(waiting.values())}")

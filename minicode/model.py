@@ -189,7 +189,7 @@ class GPT(nn.Module):
             raise ValueError(f"{end} tokens are more than the block_size of {most}")
         if past and end > past + 1:
             raise ValueError("what follows a cache is run one token at a time")
-        self.positions.advance(torch.arange(past, end).unsqueeze(0), past > 0)
+        self.positions.advance(torch.arange(past, end).unsqueeze(0), past)
         x = self.wte(tokens) + self.wpe.weight[past:end]  # (B, T, n_embd)
         for block in self.h:
             x = block(x, cache)
@@ -229,10 +229,11 @@ def choose(logits, temperature=1.0, top_k=None, generator=None):
 @contextmanager
 def evaluating(model):
     """Within the block the model is in evaluation mode, without gradients."""
-    was_training = model.training
+    were_training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for module, was_training in were_training.items():
+            module.training = was_training

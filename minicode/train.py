@@ -81,8 +81,13 @@ def begin_codebooks(session, generator, stop):
         for codebook in codebooks(model).values():
             stack.enter_context(codebook.register_forward_pre_hook(check))
         start_codebooks(model, torch.cat(batches), generator=generator)
-    if session.step == 0:
+    if session.data.model:
         processes.first(look, session)
+
+
+def seed_of(config, step):
+    """Of the random numbers of a step."""
+    return (config.seed * 1_000_003 + step) % 2**63
 
 
 def train_step(model, forward, optimizer, config, step, data):
@@ -93,6 +98,7 @@ def train_step(model, forward, optimizer, config, step, data):
     for group in optimizer.param_groups:
         group["lr"] = group["times"] * learning_rate(config, step)
     optimizer.zero_grad()
+    torch.manual_seed(seed_of(config, step))  # for dropout, which a pretrained model may have
     x, y = batch(config, data, model.device, 0, step)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
         _, loss = forward(processes.my_rows(x), processes.my_rows(y))
@@ -156,8 +162,7 @@ def train(session):
     steps_bar = bar(total=config.steps, initial=session.step, unit="step")
     with stop_signals() as stop, steps_bar:
         for step in range(session.step, config.steps):
-            seed = config.seed * 1_000_003 + step
-            generator = torch.Generator(model.device).manual_seed(seed % 2**63)
+            generator = torch.Generator(model.device).manual_seed(seed_of(config, step))
             if step == session.start_step:
                 try:
                     begin_codebooks(session, generator, stop)

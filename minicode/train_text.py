@@ -9,7 +9,7 @@ from minicode.language.text import Text
 from minicode.runtime.command import command, table
 from minicode.runtime.files import write
 from minicode.runtime.progress import bar
-from minicode.runtime.session import make_optimizer
+from minicode.runtime.session import make_optimizer, pick_device
 from minicode.study.fidelity import loss_recovered
 from minicode.train import evaluate, n_evaluated, train_step
 
@@ -87,7 +87,8 @@ def compare(run):
 def finetune_twin(run):
     """The figures of a run's dense model, trained on as the run was, on the very same batches."""
     config = replace(run.config, codebooks="none")
-    model = Pretrained(config, run.data.model, weights=False).to(run.model.device)
+    device = pick_device(config.device)
+    model = Pretrained(config, run.data.model, weights=False).to(device)
     own = model.state_dict()
     model.load_state_dict({name: run.dense.state_dict()[name] for name in own})
     optimizer = make_optimizer(model, config)

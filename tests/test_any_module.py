@@ -144,6 +144,7 @@ def test_in_a_wrapper(net):
             replica.codes = book.codes.detach()
             with pytest.raises(ValueError, match="not recorded or forced on several GPUs"):
                 replica(torch.randn(3, 8))
+            net(torch.randn(3, 8))
 
 
 def test_a_copy_is_its_own_and_begins_anew(net):
@@ -153,13 +154,17 @@ def test_a_copy_is_its_own_and_begins_anew(net):
     with force(net, "layers.1.book.1.7"), record(net) as codes:
         other = copy.deepcopy(net).eval()
         sent = pickle.loads(pickle.dumps(net)).eval()
+        net(x)
+        codes.clear()
+        other(x)
+        assert not codes
+        net(x)
     net.eval()
     for model in (other, sent):
         assert torch.equal(model(x), net(x))
         with torch.no_grad():
             codebooks(model)["layers.1.book"].codes.zero_()
         assert not torch.equal(model(x), net(x))
-    assert not codes
     averaged = torch.optim.swa_utils.AveragedModel(net)
     assert torch.equal(averaged(x), net(x))
 

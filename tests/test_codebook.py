@@ -131,7 +131,9 @@ def test_start_and_training_in_every_type(dtype):
     loss = (book(x) - x).square().mean()
     assert loss < 0.2
     loss.backward()
-    assert book.codes.dtype == book.codes.grad.dtype == dtype
+    # In half precision counts would end at 256, and codes hardly move.
+    own = torch.float64 if dtype == torch.float64 else torch.float32
+    assert book.codes.dtype == book.codes.grad.dtype == book.usage.dtype == own
     assert (book.usage.sum(1) == 1000).all()
 
 

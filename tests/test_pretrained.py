@@ -220,7 +220,7 @@ def test_errors_are_relative_to_the_variance_of_each_site():
     model(make_tokens())
     a = inputs[0][:, 1:].reshape(-1, 16, 2)
     q = book.sum_codes(book.ids[:, 1:]).reshape(-1, 16, 2)
-    wanted = (a - q).square().mean() / a.var(0).mean()
+    wanted = (a - q).square().mean() / a.var(0, correction=0).mean()
     torch.testing.assert_close(book.autoencoding, wanted)
     assert torch.equal(book.inputs, a)  # what passes through is not among them
 
@@ -267,3 +267,55 @@ def test_what_can_not_be_attached_is_one_line():
         with pytest.raises(ValueError, match=words):
             attach(model, sites)
         assert not codebooks(model)
+
+
+def test_half_precision_counts_beyond_256():
+    model = attach(make(), "mlp", n_codes=4, k=1, groups=1).bfloat16().train()
+    book = codebooks(model)["mlp.0"]
+    for _ in range(3):
+        model(make_tokens(50, 20))
+    assert book.usage.sum() == 3 * 50 * 19
+
+
+def test_what_is_continued_from_a_cache_is_a_new_prompt_and_what_was_rejected_is_not_recorded():
+    model = attach(make(), n_codes=16, k=2)
+    tokens = make_tokens(1, 11)
+    with torch.no_grad():
+        wanted = model.generate(tokens, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    with record(model) as codes, torch.no_grad():
+        out = model(tokens[:, :6], use_cache=True)
+        cache = out["cache" if "cache" in out else "past_key_values"]
+        name = "cache" if "cache" in out else "past_key_values"
+        with force(model, "mlp.1.2.3", position="generated"):
+            model(tokens[:, 6:], **{name: cache})
+    hit = (codes["mlp.1"][0, :, 2] == 3).any(-1)
+    assert hit[10] and codes["mlp.1"].shape[1] == 11
+    assert wanted.shape == (1, 15)
+    with record(model) as codes, torch.no_grad():
+        model.generate(tokens, max_new_tokens=4, do_sample=False, eos_token_id=None)
+        cache = model(tokens[:, :6], use_cache=True)[name]
+        for _ in range(2):  # the same prefix, continued twice
+            model(tokens[:, 6:9], **{name: copy.deepcopy(cache)})
+    assert codes["mlp.1"].shape[1] == 9
+
+
+def test_reentrant_checkpointing_is_refused():
+    model = attach(make(), n_codes=16, k=2).train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    tokens = make_tokens()
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        model(tokens, labels=tokens, use_cache=False)
+
+
+def test_a_mask_by_position_and_parts_that_are_frozen():
+    base = attach(make().model, n_codes=16, k=2)
+    tokens = make_tokens(2, 6)
+    mask = torch.ones_like(tokens)
+    mask[:, :3] = 0
+    with record(base) as codes, torch.no_grad():
+        base(tokens, mask)
+    assert (codes["mlp.0"][:, :4] == -1).all() and (codes["mlp.0"][:, 4:] >= 0).all()
+    base.train()
+    base.layers[0].eval()
+    start_codebooks(base, make_tokens(8, 40))
+    assert base.training and not base.layers[0].mlp.training and base.layers[1].training

@@ -170,6 +170,11 @@ def test_what_is_no_model_is_one_line_and_leaves_no_folder(hub, tmp_path, capsys
     assert "n_layer doesn't go with a pretrained model" in refused(hub, "--n-layer", "3")
     assert "there is no site 'attn'; the sites are head, mlp" in refused(hub, "--codebooks", "attn")
     assert "block_size (65) must be at most 64" in refused(hub, "--block-size", "65")
+    assert "vocab doesn't go with a pretrained model" in refused(hub, "--vocab", "300")
+    assert "layer_norm doesn't go with" in refused(hub, "--layer-norm")
+    mamba = shutil.copytree(hub, tmp_path / "mamba")
+    transformers.MambaConfig(num_hidden_layers=1).save_pretrained(mamba)
+    assert "holds no transformer" in refused(mamba)
 
 
 def test_no_code_in_a_folder_is_run(hub, tmp_path, capsys):
@@ -182,3 +187,59 @@ def test_no_code_in_a_folder_is_run(hub, tmp_path, capsys):
     flags = ["--model", str(folder), "--data", str(hub / "text.txt")]
     assert "could not be read" in refusal(train_text, *flags, capsys=capsys)
     assert not (tmp_path / "ran").exists()
+
+
+def test_codebooks_half_way_and_a_twin_that_is_kept(hub, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    assert train(hub, folder, "--dense-share", "0.5") == 0
+    summary = load_run(folder).summary
+    assert summary["dense"]["step"] == summary["started"]["step"] == 10
+    monkeypatch.setattr("minicode.train_text.finetune_twin", None)  # it is there already
+    assert train(hub, folder, "--dense-share", "0.5", "--resume") == 0
+    assert load_run(folder).summary["twin"] == summary["twin"]
+
+
+def test_ctrl_c_while_the_twin_is_trained_ends_in_one_line(hub, tmp_path, monkeypatch, capsys):
+    def interrupted(run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minicode.train_text.finetune_twin", interrupted)
+    assert train(hub, tmp_path / "run") == 130
+    assert capsys.readouterr().err.rstrip().endswith("stopped: --resume makes the table")
+
+
+def test_the_models_own_folder_is_left_alone(hub, capsys):
+    before = {path: path.read_bytes() for path in hub.iterdir()}
+    flags = ["--model", hub, "--data", hub / "text.txt", "--overwrite"]
+    for out in (hub, hub / "run"):
+        line = refusal(train_text, *flags, "--out", out, capsys=capsys)
+        assert "is in the folder of the model itself" in line
+    assert {path: path.read_bytes() for path in hub.iterdir()} == before
+
+
+def test_dropout_is_the_same_when_a_run_is_resumed(tmp_path, hub):
+    folder = tmp_path / "gpt2"
+    shutil.copytree(hub, folder)
+    config = transformers.GPT2Config(
+        vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=0
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+
+    def run(out, *more):
+        flags = ["--model", str(folder), "--data", str(hub / "text.txt"), "--out", str(out)]
+        status = train_text([*flags, *SIZE.split(), *STEPS.split(), "--steps", "6", *more])
+        assert status == 0
+        return torch.load(out / "model.pt", weights_only=True)
+
+    def die(model, forward, optimizer, config, step, data):
+        if step == 4:
+            raise FloatingPointError("stopped by the test")
+        return train_step(model, forward, optimizer, config, step, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minicode.train.train_step", die)
+        with pytest.raises(SystemExit):
+            run(tmp_path / "b", "--checkpoint-every", "2")
+    other = run(tmp_path / "b", "--checkpoint-every", "2", "--resume")
+    one = run(tmp_path / "a", "--checkpoint-every", "2")
+    assert all(torch.equal(one[name], other[name]) for name in one)

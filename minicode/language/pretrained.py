@@ -17,7 +17,10 @@ from minicode.model import GPT
 from minicode.runtime.files import reading
 
 FOLDER = "pretrained"  # in a run's folder: what is needed to build the model, but its weights
-LARGEST = 1 << 26  # bytes of a file that is copied there
+KEPT = re.compile(
+    r"config\.json|generation_config\.json|tokenizer.*|special_tokens_map\.json|added_tokens\.json"
+    r"|vocab\..*|merges\.txt|chat_template\.jinja"
+)
 BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
@@ -41,23 +44,19 @@ def from_folder(kind, folder, **how):
 
 def small_files(folder):
     """{name: bytes} of what a run keeps of a model's folder: configuration and tokenizer."""
-    files = {}
-    for path in sorted(Path(folder).iterdir()):
-        known = path.suffix in (".json", ".txt", ".model", ".jinja")
-        weights = path.name.endswith(".index.json")
-        if path.is_file() and known and not weights and path.stat().st_size <= LARGEST:
-            files[f"{FOLDER}/{path.name}"] = path.read_bytes()
-    return files
+    paths = [path for path in sorted(Path(folder).iterdir()) if KEPT.fullmatch(path.name)]
+    return {f"{FOLDER}/{path.name}": path.read_bytes() for path in paths}
 
 
 def sizes(folder):
     """What a run's configuration says of the model, by the names of TrainConfig."""
     config = from_folder("AutoConfig", folder).get_text_config()
-    return {
-        "n_layer": config.num_hidden_layers,
-        "n_head": config.num_attention_heads,
-        "n_embd": config.hidden_size,
-    }
+    names = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
+    names["n_embd"] = "hidden_size"
+    for name in names.values():
+        if not hasattr(config, name):
+            raise ValueError(f"{folder} holds no transformer: its configuration has no {name}")
+    return {ours: getattr(config, theirs) for ours, theirs in names.items()}
 
 
 class PretrainedTokenizer:
@@ -66,27 +65,40 @@ class PretrainedTokenizer:
     def __init__(self, folder):
         config = from_folder("AutoConfig", folder).get_text_config()
         self.tokenizer = from_folder("AutoTokenizer", folder)
-        self.vocab_size = max(config.vocab_size, len(self.tokenizer))
+        self.vocab_size = config.vocab_size
         self.most_tokens = getattr(config, "max_position_embeddings", 1 << 62) + 1
         own = self.tokenizer
         ends = (own.bos_token_id, own.eos_token_id, own.pad_token_id)
         self.separator = next((token for token in ends if token is not None), 0)
         decoder = json.loads(own.backend_tokenizer.to_str())["decoder"]
         by_bytes = "ByteLevel" in json.dumps(decoder)
-        texts = own.convert_ids_to_tokens(range(len(own)))
+        texts = own.convert_ids_to_tokens(range(min(len(own), self.vocab_size)))
         self.bytes = [to_bytes(text, by_bytes) for text in texts]
         for token in own.all_special_ids:
-            self.bytes[token] = b""
+            if token < len(self.bytes):
+                self.bytes[token] = b""
         self.bytes += [b""] * (self.vocab_size - len(texts))
         self.bytes[self.separator] = b"\n\n"
         pieces = [content.decode(errors="replace") for content in self.bytes]
         self.ids = {piece: token for token, piece in enumerate(pieces)}
 
+        # SentencePiece puts a space before a text; then ours is one too many.
+        self.adds_space = self.decode(self.encode("a")) == " a"
+
     def encode(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        """The tokens of a string; ValueError for one that the model doesn't have."""
+        if getattr(self, "adds_space", False):
+            text = text.removeprefix(" ")
+        tokens = self.tokenizer.encode(text, add_special_tokens=False)
+        if max(tokens, default=0) >= self.vocab_size:
+            raise ValueError(
+                f"the tokenizer has a token {max(tokens)}, but the model only {self.vocab_size}"
+            )
+        return tokens
 
     def decode(self, tokens):
-        return b"".join(self.bytes[token] for token in tokens).decode(errors="replace")
+        text = b"".join(self.bytes[token] for token in tokens).decode(errors="replace")
+        return text.removeprefix(" ") if getattr(self, "adds_space", False) else text
 
 
 def byte_of():
@@ -123,6 +135,8 @@ class Pretrained(nn.Module):
     def __init__(self, config, folder, weights=True):
         super().__init__()
         self.config = config
+        if config.layer_norm:
+            raise ValueError("layer_norm doesn't go with a pretrained model")
         if weights:
             how = {"dtype": torch.float32, "use_safetensors": True}
             self.model = from_folder("AutoModelForCausalLM", folder, **how)

@@ -72,8 +72,12 @@ def command(argv, name, about, kind, presets, out, compare):
         data = kind(**given(args, kind))
         preset = "pretrained" if data.model and args.preset == "default" else args.preset
         settings = presets["default"] | presets[preset] | given(args, TrainConfig)
-        for name in data.sizes().keys() & given(args, TrainConfig).keys():
-            raise ValueError(f"{name} doesn't go with a pretrained model, which has its own")
+        asked = {**given(args, kind), **given(args, TrainConfig)}
+        if data.model:
+            for name in asked.keys() & {*data.sizes(), "vocab"}:
+                raise ValueError(f"{name} doesn't go with a pretrained model, which has its own")
+            if Path(data.model).resolve() in (args.out.resolve(), *args.out.resolve().parents):
+                raise ValueError(f"--out {args.out} is in the folder of the model itself")
         config = TrainConfig(**settings | data.sizes())
         session = open_session(config, data, args.out, args.resume, args.overwrite)
     first = processes.rank() == 0
@@ -91,5 +95,9 @@ def command(argv, name, about, kind, presets, out, compare):
         return 130
     if first:
         run = load_run(args.out)
-        print(report(run, compare(run)))
+        try:
+            print(report(run, compare(run)))
+        except KeyboardInterrupt:
+            print("\nstopped: --resume makes the table", file=sys.stderr)
+            return 130
     return 0

@@ -19,6 +19,7 @@ from minicode.runtime import extension, processes
 from minicode.runtime.files import (
     check_tensors,
     figures,
+    read_json,
     read_tensors,
     reading,
     write,
@@ -191,5 +192,9 @@ def summarise(session):
     for line in session.metrics:
         if line["step"] == config.dense_steps < config.steps:
             summary["started" if "sites" in line else "dense"] = line
-    write(session.folder / "summary.json", json.dumps(summary, indent=1))
+    path = session.folder / "summary.json"
+    before = read_json(path, figures) if path.exists() else {}
+    if "twin" in before:  # the run was done before it was resumed
+        summary["twin"] = before["twin"]
+    write(path, json.dumps(summary, indent=1))
     return summary
