@@ -71,9 +71,8 @@ def attach(
     if codebooks(model):
         raise ValueError("this model has codebooks already: detach(model) takes them out")
     how = {"similarity": similarity, "selection": selection, "relative": True}
-    causal = is_causal(model)
     positions = Positions()
-    positions.as_they_come = None if causal else skip or 0
+    positions.as_they_come = None if is_causal(model) else skip or 0
     books = {}
     for (site, layer), module in find_sites(model, sites, layers).items():
         if module in books:
@@ -83,29 +82,25 @@ def attach(
         codebook = Codebook(of_site(n_codes, site), width // parts, of_site(k, site), parts, **how)
         codebook.name = f"{site}.{layer}"
         codebook.positions = positions
-        weights = next(module.parameters(), next(model.parameters()))
-        if weights.is_meta:
-            raise ValueError("attach before the weights are moved out of memory: these are gone")
-        books[module] = codebook.to(weights.device).train(module.training)
-    handles = []
-    for part in wholes(model) if causal else ():
-        part.codebook_positions = positions
-        part.codebook_skip = 1 if skip is None else skip
-        handles.append(part.register_forward_pre_hook(find_positions, with_kwargs=True))
-    model.codebook_handles = handles + install(books)
+        books[module] = codebook.to(device_of(module, model)).train(module.training)
+    install(model, books, positions, skip)
     return model
 
 
-def install(books):
-    """Hangs each codebook of {module: codebook} into its module, with a hook; returns those."""
+def install(model, books, positions, skip):
+    """Hangs each codebook of {module: codebook} into its module, and hooks on both."""
     handles = []
+    for part in wholes(model) if is_causal(model) else ():
+        part.codebook_positions = positions
+        part.codebook_skip = 1 if skip is None else skip
+        handles.append(part.register_forward_pre_hook(find_positions, with_kwargs=True))
     for module, codebook in books.items():
         module.codebook = codebook
         if codebook.name.startswith("head."):
             handles.append(module.register_forward_pre_hook(through_input))
         else:
             handles.append(module.register_forward_hook(through_output))
-    return handles
+    model.codebook_handles = handles
 
 
 def detach(model):
@@ -122,6 +117,14 @@ def detach(model):
         if isinstance(getattr(module, "codebook", None), Codebook):
             del module.codebook
     return model
+
+
+def device_of(module, model):
+    """Where a module's weights are, or, if it has none, its model's."""
+    weights = next(module.parameters(), next(model.parameters()))
+    if weights.is_meta:
+        raise ValueError("attach before the weights are moved out of memory: these are gone")
+    return weights.device
 
 
 def wholes(model):
@@ -257,8 +260,9 @@ def config_of(model):
 
 
 def is_causal(model):
+    """Whether a model is one of transformers that reads tokens one after the other."""
     config = config_of(model)
-    return config is not None and not config.is_encoder_decoder
+    return hasattr(config, "vocab_size") and not config.is_encoder_decoder
 
 
 def of_site(value, site):

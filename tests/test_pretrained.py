@@ -319,3 +319,28 @@ def test_a_mask_by_position_and_parts_that_are_frozen():
     base.layers[0].eval()
     start_codebooks(base, make_tokens(8, 40))
     assert base.training and not base.layers[0].mlp.training and base.layers[1].training
+
+
+def test_models_that_see():
+    """The text part of one that reads too; one that only sees, by pattern."""
+    sizes = {name: OLD[name] for name in ("hidden_size", "intermediate_size")}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+    sight = transformers.CLIPVisionConfig(image_size=32, patch_size=8, **sizes)
+    text = transformers.LlamaConfig(**LLAMA)
+    config = transformers.LlavaConfig(vision_config=sight, text_config=text, image_token_id=5)
+    model = attach(transformers.LlavaForConditionalGeneration(config).eval(), n_codes=16, k=2)
+    with record(model) as codes:
+        logits(model, make_tokens() % 80 + 10)
+    assert codes["mlp.1"].shape == (3, 7, 16, 2)
+    model = transformers.ViTModel(transformers.ViTConfig(image_size=32, patch_size=8, **sizes))
+    path = next(name for name, _ in model.named_modules() if name.endswith(".mlp.fc2"))
+    pattern = path.replace(".0.", ".*.")
+    image = torch.randn(2, 3, 32, 32)
+    dense = model.eval()(image).last_hidden_state
+    attach(model, {"mlp": pattern}, n_codes=16, k=2)
+    with force(model, "mlp.1.3.7@5"), record(model) as codes:
+        model(image)
+    assert codes["mlp.1"].shape == (2, 17, 16, 2)
+    hit = (codes["mlp.1"][:, :, 3] == 7).any(-1)
+    assert hit[:, 5].all() and not hit.all()
+    assert torch.equal(detach(model)(image).last_hidden_state, dense)
