@@ -333,7 +333,8 @@ def test_models_that_see():
         logits(model, make_tokens() % 80 + 10)
     assert codes["mlp.1"].shape == (3, 7, 16, 2)
     model = transformers.ViTModel(transformers.ViTConfig(image_size=32, patch_size=8, **sizes))
-    path = next(name for name, _ in model.named_modules() if name.endswith(".mlp.fc2"))
+    ends = (".mlp.fc2", "layer.0.output.dense")  # of transformers 5 and 4
+    path = next(name for name, _ in model.named_modules() if name.endswith(ends))
     pattern = path.replace(".0.", ".*.")
     image = torch.randn(2, 3, 32, 32)
     dense = model.eval()(image).last_hidden_state
