@@ -339,9 +339,12 @@ def test_models_that_see():
     image = torch.randn(2, 3, 32, 32)
     dense = model.eval()(image).last_hidden_state
     attach(model, {"mlp": pattern}, n_codes=16, k=2)
-    with force(model, "mlp.1.3.7@5"), record(model) as codes:
+    with record(model) as codes:
         model(image)
     assert codes["mlp.1"].shape == (2, 17, 16, 2)
-    hit = (codes["mlp.1"][:, :, 3] == 7).any(-1)
-    assert hit[:, 5].all() and not hit.all()
+    idle = next(code for code in range(16) if not (codes["mlp.1"][:, :, 3] == code).any())
+    with force(model, f"mlp.1.3.{idle}@5"), record(model) as codes:
+        model(image)
+    hit = (codes["mlp.1"][:, :, 3] == idle).any(-1)
+    assert hit[:, 5].all() and hit.sum() == 2
     assert torch.equal(detach(model)(image).last_hidden_state, dense)
