@@ -213,16 +213,18 @@ def keep(session):
     save_checkpoint(session)
 
 
-def n_evaluated(data):
-    """Held-out sequences that the final figures are of."""
-    return 128 if data.model else 1024
+def n_evaluated(data, at_the_end):
+    """Held-out sequences that figures are of: of a pretrained model, which is larger, always 64."""
+    if data.model:
+        return 64
+    return 1024 if at_the_end else 256
 
 
 def look(session):
     """Evaluates, and adds a line to the metrics."""
     config = session.config
     done = session.step
-    n = n_evaluated(session.data) // (1 if done == config.steps else 4)
+    n = n_evaluated(session.data, done == config.steps)
     figures = evaluate(session.model, session.data, config.seed, n)
     if done == config.steps and "sites" in figures:
         with zeroed(session.model):

@@ -95,7 +95,7 @@ def finetune_twin(run):
     model.train()
     for step in bar(range(run.config.dense_steps, config.steps), desc="its dense twin"):
         train_step(model, model, optimizer, run.config, step, run.data)
-    figures = evaluate(model, run.data, config.seed, n_evaluated(run.data))
+    figures = evaluate(model, run.data, config.seed, n_evaluated(run.data, True))
     write(run.folder / "summary.json", json.dumps({**run.summary, "twin": figures}, indent=1))
     return figures
 
