@@ -234,7 +234,7 @@ class FSM:
         return {**asdict(self), "successors": self.successors.tolist()}
 
     @classmethod
-    def from_json(cls, data, folder):
+    def from_json(cls, data, folder=None):
         """The machine that to_json described; its edges are the saved ones, whatever NumPy draws.
 
         ValueError for what describes none.

@@ -349,7 +349,7 @@ def test_resumed_run_ends_as_the_unbroken_one(own_file, tmp_path, monkeypatch, c
     flags = ["--data", own_file, *OWN]
     one = train(tmp_path / "a", *flags)
     table = capsys.readouterr().out
-    assert re.search(r"this run +dense, step 25 +unigram\n", table)
+    assert re.search(r"this run +dense, step 25 +unigram +sites zero\n", table)
     assert re.search(r"\ngain_kept +-?\d", table)
     real = training.train_step
 

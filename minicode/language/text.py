@@ -40,17 +40,17 @@ class Text:
         "files or folders of UTF-8 text; without: stories, made on the spot",
         {"nargs": "+", "metavar": "FILE"},
     )
-    model: str | None = option(
-        None,
-        "a local folder of a Hugging Face model (config, safetensors, tokenizer): it is finetuned, "
-        "and its tokenizer reads the text",
-        {"metavar": "FOLDER"},
-    )
     vocab: int = option(
         2048,
         "tokens in the vocabulary, at most: 257, and the most frequent words",
         least=257,
         below=65_537,
+    )
+    model: str | None = option(
+        None,
+        "a local folder of a Hugging Face model (config, safetensors, tokenizer): it is finetuned, "
+        "and its tokenizer reads the text",
+        {"metavar": "FOLDER"},
     )
     pieces: list | None = option(None, "those words", flag=False)
     n_tokens: list | None = option(None, "tokens to train on, and held out", flag=False)

@@ -25,7 +25,8 @@ def check_options(config):
         value = getattr(config, f.name)
         valid = f.metadata
         if not isinstance(value, (int, float) if f.type is float else f.type):
-            raise ValueError(f"{f.name} must be of type {f.type.__name__}, not {value!r}")
+            wanted = getattr(f.type, "__name__", f.type)
+            raise ValueError(f"{f.name} must be of type {wanted}, not {value!r}")
         if "choices" in valid:
             check_one_of(f.name, value, valid["choices"])
         if "least" in valid and not value >= valid["least"]:

@@ -208,8 +208,9 @@ def load_model(config, data, path, device):
     with reading(path, "does not hold the model of config.json"):
         sizes = {}  # of each piece of memory: tied weights are one
         for tensor in state.values():
+            n_bytes = tensor.nbytes
             place = tensor.data_ptr()
-            sizes[place] = max(sizes.get(place, 0), tensor.nbytes)
+            sizes[place] = max(sizes.get(place, 0), n_bytes)
         size = sum(sizes.values())
         if config.n_layer > len(state) or size > path.stat().st_size:
             raise ValueError(f"{len(state)} tensors of {size} bytes, for {config.n_layer} layers")
