@@ -30,7 +30,7 @@ class Positions:
     """Where the inputs of a pass stand in their sequences: one object for all codebooks of a model.
 
     number   (B or 1, T): of each input, from 0 at its sequence's first token; -1 for padding
-    prompt   (B or 1, 1): how many tokens the prompt has, which is the last pass without a cache
+    prompt   (B or 1, 1): how many tokens there were after the last pass of more than one
     past     how many positions were there before this pass, in a cache
     skip     bool (B, T): inputs that pass through untouched and uncounted; None: there are none
 
@@ -41,7 +41,7 @@ class Positions:
     prompt = None
     past = 0
     skip = None
-    as_they_come = None  # for minicode.hooks
+    as_they_come = None  # by minicode.hooks, of a model that sets nothing: how many it skips
     with_gradients = False
 
     def advance(self, number, past, skip=None):
@@ -71,7 +71,6 @@ class Codebook(CodesFromData, nn.Module):
                   and so on; or, as in the paper, "nearest": the k most similar to a, which are
                   near-copies of each other, and their sum blurred. The same for k = 1
     layer_norm    activations are first brought to mean 0 and variance 1, as in the released code
-
     relative      errors are divided by the variance of a: for models whose layers' scales differ
 
     After a forward pass:
