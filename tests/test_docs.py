@@ -50,7 +50,7 @@ def make_smollm2(folder):
     from test_pretrained_run import make_folder
 
     make_folder(folder / "smollm2")
-    (folder / "wikitext.txt").write_text("The film was loud, and the king had seen it.\n\n" * 2000)
+    (folder / "wikitext.txt").write_text("The film was loud, and the king had seen it.\n\n" * 300)
 
 
 def assert_alike(printed, expected, tolerance):
