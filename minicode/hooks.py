@@ -7,7 +7,7 @@ device take it along.
 
 import inspect
 import re
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -347,12 +347,11 @@ def start_codebooks(model, *inputs, generator=None, **named):
         for codebook in waiting:
             stack.enter_context(codebook.register_forward_pre_hook(start))
             stack.enter_context(codebook.register_forward_hook(end))
-        stack.enter_context(suppress(_Done))
         try:
             model(*inputs, **named)
-        except Exception as error:
-            if isinstance(error, _Done):
-                raise
+        except _Done:
+            pass
+        except Exception:
             for codebook, was_on in were_on.items():
                 codebook.enabled = was_on
             raise

@@ -113,9 +113,13 @@ def train_step(model, forward, optimizer, config, step, data):
     return loss.detach()
 
 
-def evaluate(model, data, seed, n):
-    """The measures of a model on n fresh sequences, by the names of design.md, ready for JSON."""
-    tokens = data.held_out(np.random.default_rng((seed, 2)), n, model.config.block_size + 1)
+def held_out(model, data, seed, n):
+    """n sequences (n, T + 1) that the measures are of."""
+    return data.held_out(np.random.default_rng((seed, 2)), n, model.config.block_size + 1)
+
+
+def pass_over(model, data, tokens):
+    """Loss and accuracy on tokens (n, T + 1); how often codes fire, and Errors, both by site."""
     books = active_codebooks(model)
     counts = {name: torch.zeros_like(codebook.usage) for name, codebook in books.items()}
     loss = 0.0
@@ -128,10 +132,17 @@ def evaluate(model, data, seed, n):
                 stack.enter_context(codebook.register_forward_hook(errors[name].add))
             logits, part_loss = model(part[:, :-1], targets)
         right = (logits.argmax(-1) == targets).float().mean()
-        loss += part_loss.item() * len(part) / n
-        accuracy += right.item() * len(part) / n
+        loss += part_loss.item() * len(part) / len(tokens)
+        accuracy += right.item() * len(part) / len(tokens)
         for name, codebook in books.items():
             counts[name] += codebook.count(codebook.ids)
+    return loss, accuracy, counts, errors
+
+
+def evaluate(model, data, seed, n):
+    """The measures of a model on n fresh sequences, by the names of design.md, ready for JSON."""
+    tokens = held_out(model, data, seed, n)
+    loss, accuracy, counts, errors = pass_over(model, data, tokens)
     figures = {"loss": loss, "accuracy": accuracy, **data.measures(tokens, loss)}
     if isinstance(data, FSM):
         figures |= accuracies(data, model, seed)
@@ -141,8 +152,8 @@ def evaluate(model, data, seed, n):
         figures["sites"] = usage(counts)
         for name, site in figures["sites"].items():
             site["fvu"] = errors[name].fvu()
-        figures["fvu"] = np.mean([error.fvu() for error in errors.values()]).item()
-        chosen = [codebook.groups * codebook.k for codebook in books.values()]
+        figures["fvu"] = np.mean([site["fvu"] for site in figures["sites"].values()]).item()
+        chosen = [codebook.groups * codebook.k for codebook in active_codebooks(model).values()]
         figures["codes_per_token"] = sum(chosen)
     return figures
 
@@ -227,9 +238,10 @@ def look(session):
     n = n_evaluated(session.data, done == config.steps)
     figures = evaluate(session.model, session.data, config.seed, n)
     if done == config.steps and "sites" in figures:
+        tokens = held_out(session.model, session.data, config.seed, n)
         with zeroed(session.model):
-            figures["loss_zero"] = evaluate(session.model, session.data, config.seed, n)["loss"]
-    tokens = done * config.batch_size * config.block_size
-    session.metrics.append({"step": done, "tokens": tokens, **figures})
+            figures["loss_zero"] = pass_over(session.model, session.data, tokens)[0]
+    seen = done * config.batch_size * config.block_size
+    session.metrics.append({"step": done, "tokens": seen, **figures})
     tqdm.write(describe(session.metrics[-1]))
     sys.stdout.flush()  # for a log, which has no bar

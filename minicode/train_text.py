@@ -2,13 +2,13 @@
 
 import json
 import sys
-from dataclasses import replace
 
-from minicode.language.pretrained import Pretrained
+from minicode.hooks import detach
 from minicode.language.text import Text
 from minicode.runtime.command import command, table
 from minicode.runtime.files import write
 from minicode.runtime.progress import bar
+from minicode.runtime.runs import load_model
 from minicode.runtime.session import make_optimizer, pick_device
 from minicode.study.fidelity import loss_recovered
 from minicode.train import evaluate, n_evaluated, train_step
@@ -86,15 +86,14 @@ def compare(run):
 
 def finetune_twin(run):
     """The figures of a run's dense model, trained on as the run was, on the very same batches."""
-    config = replace(run.config, codebooks="none")
+    config = run.config
     device = pick_device(config.device)
-    model = Pretrained(config, run.data.model, weights=False).to(device)
-    own = model.state_dict()
-    model.load_state_dict({name: run.dense.state_dict()[name] for name in own})
+    model = load_model(config, run.data, run.folder / "dense.pt", device)
+    detach(model.model)
     optimizer = make_optimizer(model, config)
     model.train()
-    for step in bar(range(run.config.dense_steps, config.steps), desc="its dense twin"):
-        train_step(model, model, optimizer, run.config, step, run.data)
+    for step in bar(range(config.dense_steps, config.steps), desc="its dense twin"):
+        train_step(model, model, optimizer, config, step, run.data)
     figures = evaluate(model, run.data, config.seed, n_evaluated(run.data, True))
     write(run.folder / "summary.json", json.dumps({**run.summary, "twin": figures}, indent=1))
     return figures

@@ -83,11 +83,12 @@ class PretrainedTokenizer:
         self.ids = {piece: token for token, piece in enumerate(pieces)}
 
         # SentencePiece puts a space before a text; then ours is one too many.
+        self.adds_space = False
         self.adds_space = self.decode(self.encode("a")) == " a"
 
     def encode(self, text):
         """The tokens of a string; ValueError for one that the model doesn't have."""
-        if getattr(self, "adds_space", False):
+        if self.adds_space:
             text = text.removeprefix(" ")
         tokens = self.tokenizer.encode(text, add_special_tokens=False)
         if max(tokens, default=0) >= self.vocab_size:
@@ -98,7 +99,7 @@ class PretrainedTokenizer:
 
     def decode(self, tokens):
         text = b"".join(self.bytes[token] for token in tokens).decode(errors="replace")
-        return text.removeprefix(" ") if getattr(self, "adds_space", False) else text
+        return text.removeprefix(" ") if self.adds_space else text
 
 
 def byte_of():

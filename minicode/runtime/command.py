@@ -73,12 +73,13 @@ def command(argv, name, about, kind, presets, out, compare):
         preset = "pretrained" if data.model and args.preset == "default" else args.preset
         settings = presets["default"] | presets[preset] | given(args, TrainConfig)
         asked = {**given(args, kind), **given(args, TrainConfig)}
+        sizes = data.sizes()
         if data.model:
-            for name in asked.keys() & {*data.sizes(), "vocab"}:
+            for name in asked.keys() & {*sizes, "vocab"}:
                 raise ValueError(f"{name} doesn't go with a pretrained model, which has its own")
             if Path(data.model).resolve() in (args.out.resolve(), *args.out.resolve().parents):
                 raise ValueError(f"--out {args.out} is in the folder of the model itself")
-        config = TrainConfig(**settings | data.sizes())
+        config = TrainConfig(**settings | sizes)
         session = open_session(config, data, args.out, args.resume, args.overwrite)
     first = processes.rank() == 0
     if first:
