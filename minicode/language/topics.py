@@ -37,7 +37,7 @@ N_CANDIDATES = 8  # codes that are tried for each of them
 NEAR = 16  # tokens: a topic is what is said so near to its words
 N_WINDOWS = 1024  # of the text trained on, in which its words are looked for
 N_TRIED = 32  # of them, those on which codes are tried
-N_TRIED_PRETRAINED = 16
+N_TRIED_PRETRAINED = 8
 
 
 # -- topics
@@ -188,9 +188,11 @@ class Effect:
     def after(self, codes):
         """The distribution of each next token with codes forced: (n, T, vocab_size)."""
         model = self.run.model
+        half = self.run.config.dtype == "bfloat16"  # as it was trained, where that is faster
         with evaluating(model), force(model, codes):
-            logits, _ = model(self.tried)
-        return logits.softmax(-1)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
+                logits, _ = model(self.tried)
+        return logits.float().softmax(-1)
 
     def surprise(self, p):
         """How a token drawn from `after` surprises the dense model, on average: nats a token."""
