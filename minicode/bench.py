@@ -70,7 +70,7 @@ def bench(device):
         searches.append(bench_search(x, codes, k))
     return {
         "device": torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads",
-        "extension": extension.load()[1],
+        "extension": extension.load(device.type)[1],
         "peak_gflops": 2 * SIDE**3 / matmul["lowest"] / 1e6,
         "search": searches,
         "training_step": bench_steps(device, FSM(), {}, STEPS),

@@ -25,7 +25,7 @@ needs_compiler = pytest.mark.skipif(
 
 
 def search(x, codes, k, similarity, coarse):
-    assert extension.load()[0]
+    assert extension.load("cpu")[0]
     kind = SIMILARITIES.index(similarity)
     return torch.ops.minicode_native.topk(x, codes, k, kind, coarse)
 
@@ -128,34 +128,34 @@ cp "$made" "$out"
 
 @pytest.fixture
 def load(tmp_path, monkeypatch, capfd):
-    """load(**environment): the device types, and what it wrote on stderr.
+    """load(device, **environment): whether it is served, and what was written on stderr.
 
     Nothing is loaded twice into a process: the binary that would be is kept in load.binaries.
     """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for name in ("CXX", "MINICODE_EXT"):
+    for name in ("CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDA_HOME", "MINICODE_EXT"):
         monkeypatch.delenv(name, raising=False)
 
     uncached = extension.load.__wrapped__
 
-    def load(**more):
+    def load(device="cpu", **more):
         with monkeypatch.context() as patch:
             patch.setattr(torch.ops, "load_library", load.binaries.append)
-            patch.setattr(extension, "_register_fakes", lambda: None)
+            patch.setattr(extension, "_register_fakes", lambda device: None)
             for name, value in more.items():
                 patch.setenv(name, str(value))
             capfd.readouterr()
-            devices, _ = uncached()
-            return devices, capfd.readouterr().err
+            serves, _ = uncached(device)
+            return serves, capfd.readouterr().err
 
     load.binaries = []
     return load
 
 
 def assert_fallback(loaded, *words):
-    """No device is served, and one line says why."""
-    devices, stderr = loaded
-    assert devices == ()
+    """It is not served, and one line says why."""
+    serves, stderr = loaded
+    assert not serves
     lines = [line for line in stderr.splitlines() if not line.startswith("minicode: compiling")]
     assert len(lines) == 1
     assert lines[0].startswith("minicode: searching with PyTorch, without the C++ extension: ")
@@ -165,14 +165,14 @@ def assert_fallback(loaded, *words):
 
 def test_no_compiler(load, tmp_path):
     loaded = load(PATH=tmp_path / "nothing", CXX="c++")
-    assert_fallback(loaded, "there is no C++ compiler (c++)")
+    assert_fallback(loaded, "there is no C++ compiler c++")
 
 
 def test_a_compiler_that_fails(load, tmp_path):
     script = tmp_path / "broken"
     script.write_text("#!/bin/sh\necho 'fatal error: this compiler is too old' >&2\nexit 1\n")
     script.chmod(0o755)
-    assert_fallback(load(CXX=script), "broken failed", "this compiler is too old")
+    assert_fallback(load(CXX=script), "the compiler failed", "this compiler is too old")
     assert not list((tmp_path / "minicode").iterdir())
 
 
@@ -180,7 +180,78 @@ def test_a_compiler_that_fails_and_says_nothing(load, tmp_path):
     script = tmp_path / "silent"
     script.write_text("#!/bin/sh\nexit 1\n")
     script.chmod(0o755)
-    assert_fallback(load(CXX=script), "silent failed: ninja: build stopped")
+    assert_fallback(load(CXX=script), "the compiler failed: ninja: build stopped")
+
+
+@needs_compiler
+def test_linking_that_fails_says_what_is_missing(load, compiler, tmp_path):
+    script = tmp_path / "linker"
+    script.write_text(f"""#!/bin/sh
+case "$*" in *-shared*)
+  echo "x.o: in function f: undefined reference to 'topk_gone'" >&2
+  echo "collect2: error: ld returned 1 exit status" >&2
+  exit 1
+esac
+exec {compiler} "$@"
+""")
+    script.chmod(0o755)
+    assert_fallback(load(CXX=script), "undefined reference to 'topk_gone'")
+
+
+@needs_compiler
+def test_compilers_are_named_and_wrapped_as_for_other_build_tools(load, compiler, tmp_path):
+    wrapper = tmp_path / "ccache"
+    log = tmp_path / "log"
+    wrapper.write_text(f"""#!/bin/sh\necho "$*" >> {log}\nexec "$@"\n""")
+    wrapper.chmod(0o755)
+    flags = {"CXXFLAGS": "-DMINE='a b'", "LDFLAGS": "-Wl,--as-needed"}
+    serves, _ = load(CXX=f"{wrapper} {compiler} -DOWN", **flags)
+    assert serves
+    commands = [line for line in log.read_text().splitlines() if " -o " in line]
+    assert all(f"{compiler} -DOWN " in command for command in commands)
+    compiled = [command for command in commands if " -c " in command]
+    assert len(compiled) == len(extension.SOURCES["cpu"])
+    assert all("-DMINE=a b" in command for command in compiled)
+    (linked,) = [command for command in commands if " -shared " in command]
+    assert "-Wl,--as-needed" in linked
+
+    load(CXX=f"{wrapper} {compiler} -DOWN")
+    assert load.binaries[0] != load.binaries[1]
+
+
+@needs_compiler
+def test_the_cpu_asks_for_no_gpu_and_does_not_need_its_compiler(
+    load, compiler, tmp_path, monkeypatch
+):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("""#!/bin/sh
+case "$1" in --version) echo "release 13.0,"; exit;; esac
+echo "topk_cuda.cu(1): error: no such architecture" >&2
+exit 1
+""")
+    nvcc.chmod(0o755)
+    asked = []
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: asked.append(1) or True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: asked.append(1) or (9, 0))
+    assert load("cpu", CXX=compiler, CUDACXX=nvcc)[0]
+    assert not asked
+
+    serves, stderr = load("cuda", CXX=compiler, CUDACXX=nvcc)
+    assert not serves
+    assert asked
+    last = stderr.splitlines()[-1]
+    assert last.startswith("minicode: searching with PyTorch on the GPU, without the C++ extension")
+    assert "error: no such architecture" in last
+
+
+def test_a_device_that_there_are_no_kernels_for(load):
+    assert load("mps") == (False, "")
+
+
+def test_every_source_is_named():
+    named = {*extension.SOURCES["cpu"], *extension.SOURCES["cuda"], *extension.HEADERS}
+    assert named | {"README.md"} == {path.name for path in (ROOT / "csrc").iterdir()}
 
 
 @needs_compiler
@@ -196,7 +267,7 @@ def test_a_cache_folder_that_can_not_be_written(load, tmp_path):
 
 
 def test_off(load, tmp_path):
-    assert load(MINICODE_EXT="off") == ((), "")
+    assert load(MINICODE_EXT="off") == (False, "")
     assert not (tmp_path / "minicode").exists()
 
 
@@ -212,7 +283,9 @@ def test_require_without_a_compiler_and_nonsense_are_errors(load, mode, monkeypa
         load(MINICODE_EXT=mode, CXX="/nowhere")
     assert str(error.value).startswith(REFUSED[mode])
 
-    monkeypatch.setattr(extension, "load", lambda: load(MINICODE_EXT=mode, CXX="/nowhere"))
+    monkeypatch.setattr(
+        extension, "load", lambda device: load(device, MINICODE_EXT=mode, CXX="/nowhere")
+    )
     monkeypatch.setattr(sys, "argv", ["topk"])
     with pytest.raises(SystemExit) as end:
         extension.main()
@@ -225,10 +298,10 @@ def test_require_without_a_compiler_and_nonsense_are_errors(load, mode, monkeypa
 def test_built_once_corrupt_ones_again_and_another_torch_apart(
     load, compiler, tmp_path, monkeypatch
 ):
-    devices, stderr = load(CXX=compiler)
-    assert devices == ("cpu",)
+    serves, stderr = load(CXX=compiler)
+    assert serves
     assert stderr == "minicode: compiling the search, once; it takes a quarter of a minute\n"
-    assert load(CXX=compiler) == (("cpu",), "")
+    assert load(CXX=compiler) == (True, "")
     binary, again = load.binaries
     assert again == binary
     content = binary.read_bytes()
@@ -245,18 +318,19 @@ def test_built_once_corrupt_ones_again_and_another_torch_apart(
     _, stderr = load(CXX=compiler)
     assert "compiling" in stderr
     assert load.binaries[-1] != binary
-    assert load(CXX=compiler) == (("cpu",), "")
+    assert load(CXX=compiler) == (True, "")
     assert len(list((tmp_path / "minicode").iterdir())) == 2
 
 
 @needs_compiler
-def test_the_headers_of_cuda_may_lie_among_those_of_the_system(tmp_path):
+def test_the_headers_of_cuda_may_lie_among_those_of_the_system(tmp_path, monkeypatch):
     """As Debian has them: in /usr/include, which no compiler may be given first."""
+    monkeypatch.setattr(extension, "_find_nvcc", lambda: (["/usr/bin/nvcc"], "sm_80"))
     source = tmp_path / "sources" / "some.cpp"
     source.parent.mkdir()
     source.write_text("#include <cstdlib>\n")
     with suppress(RuntimeError):  # there may be nothing of CUDA to link
-        extension._build(tmp_path, "c++", ("/usr/bin/nvcc", "sm_80"), [source])
+        extension._build(tmp_path, extension._find_tools("cuda"), [source])
     assert "-idirafter /usr/include " in (tmp_path / "build.ninja").read_text()
     assert (tmp_path / "some.cpp.o").exists()
 
@@ -296,6 +370,7 @@ def test_two_processes_build_at_once_in_folders_with_spaces_in_their_names(tmp_p
     cache = tmp_path / "my cache"
     for folder in ("minicode", "csrc"):
         shutil.copytree(ROOT / folder, code / folder)
+    (code / "csrc" / "left_from_an_old_build.cpp").write_text("this is not C++")
     both = [start(SEARCH, cache, code, CXX=str(compiler)) for _ in range(2)]
     for process in both:
         stdout, stderr = process.communicate()
@@ -321,7 +396,7 @@ case "$*" in
 esac
 """)
     waits.chmod(0o755)
-    code = "from minicode.runtime import extension; extension.load()"
+    code = "from minicode.runtime import extension; extension.load('cpu')"
     process = start(code, tmp_path, CXX=str(waits))
     begun.read_text()
     os.killpg(process.pid, signal.SIGKILL)
@@ -333,7 +408,7 @@ esac
 
     _, stderr = load(CXX=compiler)
     assert "compiling" in stderr
-    assert load(CXX=compiler) == (("cpu",), "")
+    assert load(CXX=compiler) == (True, "")
 
 
 @needs_compiler
@@ -357,7 +432,7 @@ def test_command_tells_what_is_used():
     command = [sys.executable, "-m", "minicode.topk"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0
-    assert "the C++ extension: " in result.stdout
+    assert "on a CPU: " in result.stdout
     assert "RuntimeWarning" not in result.stderr
 
 

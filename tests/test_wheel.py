@@ -65,7 +65,7 @@ import os, runpy, sys
 import minicode
 from minicode.runtime import extension
 print(minicode.__file__)
-print(extension.load()[1])
+print(extension.load("cpu")[1])
 for name in sys.argv[1:]:
     sys.stdout.flush()
     child = os.fork()
@@ -89,7 +89,7 @@ def test_every_command_runs_from_it_and_its_search_is_the_clones(unpacked, tmp_p
     )
     lines = result.stdout.splitlines()
     assert lines[0] == str(unpacked / "minicode" / "__init__.py")
-    assert lines[1] == extension.load()[1]
+    assert lines[1] == extension.load("cpu")[1]
     for name in COMMANDS:
         assert f"usage: python -m minicode.{name} [" in result.stdout, result.stderr
         assert f"{name} 0" in lines, result.stderr

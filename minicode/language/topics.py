@@ -189,9 +189,9 @@ class Effect:
         """The distribution of each next token with codes forced: (n, T, vocab_size)."""
         model = self.run.model
         half = self.run.config.dtype == "bfloat16"  # as it was trained, where that is faster
-        with evaluating(model), force(model, codes):
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
-                logits, _ = model(self.tried)
+        arithmetic = torch.autocast(model.device.type, torch.bfloat16, enabled=half)
+        with arithmetic, evaluating(model), force(model, codes):
+            logits, _ = model(self.tried)
         return logits.float().softmax(-1)
 
     def surprise(self, p):

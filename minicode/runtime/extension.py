@@ -1,23 +1,29 @@
 """Builds csrc/ against the torch that is installed, once, and loads it; else says why not.
 
-The binary lies in a cache folder, under a name that holds everything it depends on, its own
-checksum at its end. It is built in a private folder and moved there in one step: no lock, nothing
-stale, nothing half written.
+There is a library for the CPU and one for GPUs: one serves where the other can't be built, and no
+command on the CPU looks for a GPU. A binary lies in a cache folder, under a name that holds
+everything it depends on, its own checksum at its end. It is built in a private folder and moved
+there in one step: no lock, nothing stale, nothing half written.
 
 MINICODE_EXT=auto     (the default) any obstacle leads to PyTorch, with one line on stderr
 MINICODE_EXT=require  any obstacle is an error
 MINICODE_EXT=off      PyTorch
+
+CXX and CUDACXX name the compilers, with their arguments or a wrapper in front ("ccache g++");
+CXXFLAGS, CUDAFLAGS and LDFLAGS come after our own; CUDAHOSTCXX, CUDA_HOME and CUDA_PATH are read.
 """
 
 import functools
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,16 +31,22 @@ import torch
 from minicode.runtime.options import Parser
 
 PACKAGE = Path(__file__).resolve().parent.parent
+SOURCES = {  # by name: an old build folder may have others beside them
+    "cpu": ("topk_cpu.cpp", "topk_coarse.cpp", "pursuit_cpu.cpp", "register_cpu.cpp"),
+    "cuda": ("topk_cuda.cu", "topk_coarse.cu", "register_cuda.cpp"),
+}
+HEADERS = ("topk.h", "topk_cpu.h", "topk_cuda.cuh", "register.h")
 FLAGS = (
     "-O3 -std=c++20 -march=native -ffp-contract=fast -fno-math-errno -fopenmp -fPIC -w "
     f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
 )
 CUDA_FLAGS = "-O3 -std=c++17 -Xcompiler -fPIC"
+REAL_ERROR = re.compile(r"error|fatal|undefined reference|multiple definition|cannot find")
 
 
 @functools.cache
-def load():
-    """The device types that the extension serves, and what it is or why there is none.
+def load(device):
+    """Whether the extension serves a type of device, and what it is, or why there is none.
 
     Builds it at the first call. ValueError where MINICODE_EXT requires it and it can't be used.
     """
@@ -42,42 +54,43 @@ def load():
     if mode not in ("auto", "off", "require"):
         raise ValueError(f"MINICODE_EXT must be auto, off or require, not {mode!r}")
     if mode == "off":
-        return (), "MINICODE_EXT=off"
+        return False, "MINICODE_EXT=off"
+    if device not in SOURCES:
+        return False, f"there is none for {device}"
     try:
-        cuda = _find_cuda()
-        devices = ("cpu", "cuda") if cuda else ("cpu",)
-        return devices, str(_load(cuda))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        return True, str(_load(device))
+    except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
         reason = " ".join(str(error).split())[:300]
         if mode == "require":
             raise ValueError(
                 f"MINICODE_EXT=require, but the extension can't be used: {reason}"
             ) from None
-        _say(f"searching with PyTorch, without the C++ extension: {reason}")
-        return (), reason
+        where = " on the GPU" if device == "cuda" else ""
+        _say(f"searching with PyTorch{where}, without the C++ extension: {reason}")
+        return False, reason
 
 
 def _say(line):
     print(f"minicode: {line}", file=sys.stderr)
 
 
-def _load(cuda):
-    """Loads the binary, after building it if it is not there; returns its path."""
-    compiler = _find_compiler()
-    sources = _sources()
+def _load(device):
+    """Loads the binary for a device, after building it if it is not there; returns its path."""
+    tools = _find_tools(device)
+    sources = _sources(device)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minicode"
-    binary = cache / f"topk-{_key(compiler, cuda, sources)}.so"
+    binary = cache / f"topk-{device}-{_key(tools, sources)}.so"
     if not _intact(binary):
         cache.mkdir(parents=True, exist_ok=True)
         _say("compiling the search, once; it takes a quarter of a minute")
         with tempfile.TemporaryDirectory(dir=cache, prefix="build-") as folder:
-            built = _build(Path(folder), compiler, cuda, sources)
+            built = _build(Path(folder), tools, sources)
             content = built.read_bytes()
             # A loader ignores what follows the ELF file.
             built.write_bytes(content + hashlib.sha256(content).digest())
             os.replace(built, binary)
     torch.ops.load_library(binary)
-    _register_fakes()
+    _register_fakes(device)
     return binary
 
 
@@ -90,44 +103,88 @@ def _intact(binary):
 # -- what there is to build, and to build it with
 
 
-def _find_cuda():
-    """nvcc and the GPU's architecture; None without a GPU or, having said so, without an nvcc."""
-    if not (torch.version.cuda and torch.cuda.is_available()):
-        return None
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    nvcc = shutil.which("nvcc") or f"{home}/bin/nvcc"
+@dataclass
+class _Tools:
+    """How to compile: commands with their arguments, as a shell reads them."""
+
+    cxx: str
+    flags: str
+    libraries: str
+    nvcc: str = ""
+
+
+def _find_tools(device):
+    """The compilers for a device; RuntimeError without one."""
+    cxx = _words("CXX") or [_first_of("c++", "g++", "clang++")]
+    if not shutil.which(cxx[0]):
+        raise RuntimeError(f"there is no C++ compiler {cxx[0]}")
+    torch_home = shlex.quote(str(Path(torch.__file__).parent))
+    flags = f"{FLAGS} -isystem {torch_home}/include"
+    libraries = f"-L{torch_home}/lib -lc10 -ltorch_cpu"
+    nvcc = ""
+    if device == "cuda":
+        words, arch = _find_nvcc()
+        libraries += " -lc10_cuda -lcudart"
+        # nvcc may be a script that calls another; its home may be /usr, whose headers come last.
+        nvcc_home = Path(shutil.which(words[0]) or words[0]).resolve().parent.parent
+        for home in (nvcc_home, _cuda_home()):
+            flags += f" -idirafter {home}/include"
+            libraries += f" -L{home}/lib64"
+        host = os.environ.get("CUDAHOSTCXX")
+        host = f" -ccbin {shlex.quote(host)}" if host else ""
+        nvcc = f"{shlex.join(words)} {CUDA_FLAGS} -arch={arch}{host} {_flags('CUDAFLAGS')}"
+    flags += f" {_flags('CXXFLAGS')}"
+    libraries += f" {_flags('LDFLAGS')}"
+    return _Tools(shlex.join(cxx), flags, libraries, nvcc)
+
+
+def _find_nvcc():
+    """The words of a command that is torch's CUDA's nvcc, and the GPU's architecture."""
+    if not torch.version.cuda:
+        raise RuntimeError("this torch is built without CUDA")
+    nvcc = _words("CUDACXX") or [_first_of("nvcc", f"{_cuda_home()}/bin/nvcc")]
     major = torch.version.cuda.split(".")[0]
-    if f"release {major}." not in _output(nvcc, "--version"):
-        _say(f"searching with PyTorch on the GPU: there is no nvcc of CUDA {major}, as torch's")
-        return None
+    if f"release {major}." not in _output(*nvcc, "--version"):
+        raise RuntimeError(f"there is no nvcc of CUDA {major}, as torch's")
     major, minor = torch.cuda.get_device_capability()
     return nvcc, f"sm_{major}{minor}"
 
 
-def _find_compiler():
-    names = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
-    for name in names:
-        if shutil.which(name):
-            return shutil.which(name)
-    raise RuntimeError(f"there is no C++ compiler ({', '.join(names)})")
+def _cuda_home():
+    return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
 
 
-def _sources():
+def _words(variable):
+    """The words of an environment variable, as a shell reads them."""
+    return shlex.split(os.environ.get(variable, ""))
+
+
+def _flags(variable):
+    return shlex.join(_words(variable))
+
+
+def _first_of(*names):
+    """The first of these programs that there is; the last, if there is none."""
+    return next(filter(shutil.which, names), names[-1])
+
+
+def _sources(device):
     """The files of csrc/, which is part of an installed package, and beside it in a clone."""
     folder = PACKAGE / "csrc"
     if not folder.exists():
         folder = PACKAGE.parent / "csrc"
-    return sorted(folder.glob("*.[ch]*"))
+    return [folder / name for name in (*SOURCES[device], *HEADERS)]
 
 
-def _key(compiler, cuda, sources):
+def _key(tools, sources):
     """Stands for everything that the binary depends on: another of any, another key."""
-    options = _output(compiler, "-march=native", "-Q", "--help=target")
+    cxx = shlex.split(tools.cxx)
+    options = _output(*cxx, "-march=native", "-Q", "--help=target")
     cpu = options or _output("grep", "-m1", "^flags", "/proc/cpuinfo")
     parts = [torch.__version__, torch.version.cuda, sys.version, platform.machine(), cpu]
-    parts += [FLAGS, CUDA_FLAGS, _output(compiler, "--version"), cuda]
-    if cuda:
-        parts.append(_output(cuda[0], "--version"))
+    parts += [tools, _output(*cxx, "--version")]
+    if tools.nvcc:
+        parts.append(_output(shlex.split(tools.nvcc)[0], "--version"))
     parts += [path.read_text() for path in sources]
     text = "\0".join(map(str, parts))
     return hashlib.sha256(text.encode()).hexdigest()[:24]
@@ -145,7 +202,7 @@ def _output(*command):
 # -- the build
 
 
-def _build(folder, compiler, cuda, sources):
+def _build(folder, tools, sources):
     """Compiles in this folder; returns the binary. RuntimeError with the first error's line."""
     try:
         from ninja import BIN_DIR
@@ -153,43 +210,35 @@ def _build(folder, compiler, cuda, sources):
         raise RuntimeError("there is no ninja (pip install ninja)") from None
     for path in sources:
         shutil.copy(path, folder)
-    (folder / "build.ninja").write_text(_rules(compiler, cuda, sources))
+    (folder / "build.ninja").write_text(_rules(tools, sources))
     command = [f"{BIN_DIR}/ninja", "-C", folder]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         lines = (result.stdout + result.stderr).splitlines()
-        errors = [line for line in lines if "error" in line] or lines[-1:]
-        raise RuntimeError(f"{compiler} failed: {' '.join(errors[:1])}")
+        # What ninja says itself, and the commands that it repeats, say nothing.
+        said = [line for line in lines if not line.startswith(("FAILED", "[", "ninja"))]
+        errors = [line for line in said if REAL_ERROR.search(line)] or lines[-1:]
+        raise RuntimeError(f"the compiler failed: {errors[0]}")
     return folder / "topk.so"
 
 
-def _rules(compiler, cuda, sources):
+def _rules(tools, sources):
     """What ninja reads: how files are compiled and linked, and then which files."""
-    compiler = shlex.quote(compiler)
-    torch_home = shlex.quote(str(Path(torch.__file__).parent))
-    flags = f"{FLAGS} -isystem {torch_home}/include"
-    libraries = f"-L{torch_home}/lib -lc10 -ltorch_cpu"
-    rules = ""
-    if cuda:
-        nvcc, arch = cuda
-        flags += " -DMINICODE_CUDA"
-        libraries += " -lc10_cuda -lcudart"
-        # nvcc may be a script that calls another; its home may be /usr, whose headers come last.
-        for home in (Path(nvcc).resolve().parent.parent, "/usr/local/cuda"):
-            flags += f" -idirafter {home}/include"
-            libraries += f" -L{home}/lib64"
-        rules = f"rule cu\n command = {nvcc} {CUDA_FLAGS} -arch={arch} -c $in -o $out\n"
-    rules += f"rule cpp\n command = {compiler} {flags} -c $in -o $out\n"
-    rules += f"rule link\n command = {compiler} -shared -fopenmp $in {libraries} -o $out\n"
+    commands = {
+        "cpp": f"{tools.cxx} {tools.flags} -c $in -o $out",
+        "cu": f"{tools.nvcc} -c $in -o $out",
+        "link": f"{tools.cxx} -shared -fopenmp $in {tools.libraries} -o $out",
+    }
+    rules = "".join(f"rule {name}\n command = {command}\n" for name, command in commands.items())
     objects = ""
     for path in sources:
-        if path.suffix == ".cpp" or (path.suffix == ".cu" and cuda):
+        if path.suffix in (".cpp", ".cu"):
             rules += f"build {path.name}.o: {path.suffix[1:]} {path.name}\n"
             objects += f" {path.name}.o"
     return rules + f"build topk.so: link{objects}\n"
 
 
-def _register_fakes():
+def _register_fakes(device):
     """Tells torch.compile the shapes of what the operators return."""
 
     def topk(x, codes, k, similarity, coarse):
@@ -202,9 +251,9 @@ def _register_fakes():
     def pursue(scores, offset, change, k):
         return topk(scores, change, k, None, None)
 
-    torch.library.register_fake("minicode_native::topk", topk)
-    torch.library.register_fake("minicode_native::pursue", pursue)
-    torch.library.register_fake("minicode_native::topk_cuda", topk_cuda)
+    fakes = {"topk": topk, "pursue": pursue} if device == "cpu" else {"topk_cuda": topk_cuda}
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"minicode_native::{name}", fake)
 
 
 def main():
@@ -212,12 +261,13 @@ def main():
     parser = Parser("topk", "Says what the search uses here, and why; builds it if need be.")
     parser.parse_args()
     with parser.user_errors():
-        devices, what = load()
+        serves_cpu, about_cpu = load("cpu")
+        has_gpu = torch.cuda.is_available()
+        serves_gpu, about_gpu = load("cuda") if has_gpu else (False, "there is no GPU")
     on_cpu = on_gpu = "PyTorch, in chunks"
-    if devices:
+    if serves_cpu:
         on_cpu = torch.ops.minicode_native.cpu_path()
-    if "cuda" in devices:
+    if serves_gpu:
         on_gpu = "CUDA for k up to 32, float32; large searches on bfloat16 tensor cores first"
-    print(f"the C++ extension: {what if devices else f'none, {what}'}")
-    print(f"on a CPU:   {on_cpu}; {torch.get_num_threads()} threads")
-    print(f"on a GPU:   {on_gpu}")
+    print(f"on a CPU:   {on_cpu}; {torch.get_num_threads()} threads ({about_cpu})")
+    print(f"on a GPU:   {on_gpu} ({about_gpu})")

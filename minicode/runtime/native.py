@@ -8,9 +8,8 @@ from minicode.runtime.arguments import SIMILARITIES
 
 def serves(x, k):
     """Whether the extension searches for the k best codes of x (G, N, d) here."""
-    if x.device.type not in extension.load()[0]:
-        return False
-    return x.is_cpu or gpu.serves(x, k)
+    served, _ = extension.load(x.device.type)
+    return served and (x.is_cpu or gpu.serves(x, k))
 
 
 def search(x, codes, k, similarity, scale_and_offset, coarse=True):

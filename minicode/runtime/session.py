@@ -109,10 +109,10 @@ def open_session(config, data, folder, resume=False, overwrite=False):
     check_sizes(config, data)
     with processes.together():
         check_run(folder, config, data, resume, overwrite)
-        if processes.rank() == 0:
-            extension.load()  # what it has to say, or to build, comes before the first step
         torch.manual_seed(config.seed)
         device = pick_device(config.device)
+        if processes.rank() == 0:
+            extension.load(device.type)  # what it has to say comes before the first step
         try:
             model = make_model(config, data).to(device)
         except RuntimeError as error:
