@@ -39,7 +39,7 @@ class CodesFromData:
         seeds = self._seeds(left, n_seeds, generator, error, power=2)
         rank = (dead.cumsum(-1) - 1).clamp(0, n_seeds - 1)  # the first dead code: the first seed
         self.codes.copy_(torch.where(dead.unsqueeze(-1), rows_of(seeds, rank), self.codes))
-        for moment in optimizer.state[self.codes].values():
+        for moment in optimizer.state.get(self.codes, {}).values():
             if moment.shape == self.codes.shape:
                 moment[dead] = 0
         processes.take_from_first(self)
@@ -62,8 +62,21 @@ class CodesFromData:
             self._move_to_means(a)
         self.codes /= self.k
         for _ in range(rounds if self.k > 1 else 0):
-            self._fit(inputs)
+            self._fit(inputs, self.search(inputs))
         self.usage.zero_()
+        processes.take_from_first(self)
+
+    @torch.no_grad()
+    def refit(self, hold):
+        """Moves the codes by least squares on the last training batch, after the optimizer's step.
+
+        In the place of the gradient of `autoencoding` and of the task's loss, for activations that
+        move faster than codes follow by gradient (of a pretrained model): online dictionary
+        learning (Mairal et al. 2009). Each code is held where it was as by so many activations.
+        """
+        ids = self.ids.flatten(0, -3)  # (N, G, k)
+        ids = ids[ids[:, 0, 0] >= 0]  # less those of inputs that passed through
+        self._fit(processes.all_rows(self.inputs), processes.all_rows(ids), hold)
         processes.take_from_first(self)
 
     def _move_to_means(self, a):
@@ -78,18 +91,17 @@ class CodesFromData:
         means = total / count.clamp_min(1)
         self.codes.copy_(torch.where(count > 0, means, self.codes))
 
-    def _fit(self, a):
-        """Moves the codes towards those that rebuild a (N, G, d) best, chosen as they are now.
+    def _fit(self, a, ids, hold=1):
+        """Moves the codes towards those that rebuild a (N, G, d) best, by these ids (N, G, k).
 
-        Least squares: with S (N, C) how often each code is chosen, (SᵀS + 1) move = Sᵀ(a - SE), a
-        group at a time; by five steps of conjugate gradients, for which SᵀS need not be stored.
+        Least squares: with S (N, C) how often each code is chosen, (SᵀS + hold) move = Sᵀ(a - SE),
+        a group at a time; by five steps of conjugate gradients, for which SᵀS need not be stored.
         """
-        ids = self.search(a)  # (N, G, k)
         bags = self._bags(ids)
         lack = self._gather(bags, a - self.sum_codes(ids))  # (G, C, d)
         towards = lack
         for _ in range(5):
-            pull = self._gather(bags, self._sum(towards, ids)) + towards
+            pull = self._gather(bags, self._sum(towards, ids)) + hold * towards
             error = lack.square().sum(1, keepdim=True)  # (G, 1, d): each dimension goes its own way
             length = error / (towards * pull).sum(1, keepdim=True).clamp_min(1e-30)
             self.codes += length * towards

@@ -96,7 +96,7 @@ def train_step(model, forward, optimizer, config, step, data):
     forward: the model as it is called, compiled or wrapped.
     """
     for group in optimizer.param_groups:
-        group["lr"] = group["times"] * learning_rate(config, step)
+        group["lr"] = learning_rate(config, step)
     optimizer.zero_grad()
     torch.manual_seed(seed_of(config, step))  # for dropout, which a pretrained model may have
     x, y = batch(config, data, model.device, 0, step)
@@ -110,6 +110,9 @@ def train_step(model, forward, optimizer, config, step, data):
     (loss + pull).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
+    if config.refit:
+        for codebook in active_codebooks(model).values():
+            codebook.refit(config.refit)
     return loss.detach()
 
 
@@ -202,7 +205,8 @@ def train(session):
 def wrapped(session):
     """The model as a step calls it: compiled if that is asked for, in step with other processes."""
     model = session.model
-    waiting = len(active_codebooks(model)) < len(codebooks(model))
+    learning = not session.config.refit  # by gradient: codes that wait have none
+    waiting = learning and len(active_codebooks(model)) < len(codebooks(model))
     forward = torch.compile(model) if session.config.compile else model
     return processes.wrap(forward, unused=waiting)
 

@@ -41,7 +41,8 @@ PRESETS["pretrained"] = {
     "steps": 300,
     "eval_every": 100,
     "lr": 1e-4,
-    "codes_lr": 10.0,
+    "refit": 30.0,
+    "revive_every": 0,
     "dense_share": 0.0,
     "commitment": 0.0,
 }

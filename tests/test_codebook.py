@@ -110,7 +110,7 @@ def test_each_fit_of_the_start_is_near_least_squares_and_lowers_the_error(select
         chosen = F.one_hot(ids[:, 1], 30).sum(1).float()  # S (N, C) of the second group
         used = chosen.sum(0) > 0
         before = book.codes[1].clone()
-        book._fit(x)
+        book._fit(x, ids)
         best = torch.linalg.lstsq(chosen[:, used], x[:, 1]).solution
         least = (chosen[:, used] @ best - x[:, 1]).square().mean()
         rest = [
@@ -120,6 +120,27 @@ def test_each_fit_of_the_start_is_near_least_squares_and_lowers_the_error(select
         assert torch.equal(book.codes[1, ~used], before[~used])
     assert used.sum() == 29
     assert error == sorted(error, reverse=True) and error[-1] < 0.6 * error[0]
+
+
+@pytest.mark.parametrize("passes_through", [False, True])
+def test_refit_is_least_squares_held_back(passes_through):
+    """With S how often each code was chosen: (SᵀS + hold) move = Sᵀ(a - q), a group at a time."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, 2 * 3)
+    book = Codebook(5, 3, k=2, groups=2, similarity="distance")
+    if passes_through:
+        book.positions.skip = torch.rand(4, 6) < 0.3
+    book(x)
+    before = book.codes.detach().clone()
+    book.refit(hold=7.0)
+    kept = torch.ones(4, 6, dtype=torch.bool) if not passes_through else ~book.positions.skip
+    rows = x[kept].view(-1, 2, 3)
+    for group in range(2):
+        uses = F.one_hot(book.ids[kept][:, group], 5).sum(1).float()  # (N, C)
+        left = rows[:, group] - uses @ before[group]
+        move = torch.linalg.solve(uses.T @ uses + 7 * torch.eye(5), uses.T @ left)
+        assert move.abs().max() > 0.1
+        torch.testing.assert_close(book.codes[group] - before[group], move, rtol=0.01, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -204,8 +204,9 @@ def test_a_gpu_that_is_full_is_one_line(tmp_path, monkeypatch, capsys):
 # -- several processes
 
 WORKER = '''
-"""What each of two processes does: trains in four ways, and writes down how that ended for it."""
+"""What each of two processes does: trains in five ways, and writes down how that ended for it."""
 import os, signal, sys
+from dataclasses import replace
 from pathlib import Path
 import torch
 from minicode import train
@@ -244,6 +245,7 @@ train.train_step = real_step
 again = open_session("two", resume=True)
 assert again.step == 45
 assert (train.train(again) != {}) == (rank == 0)
+train.train(sessions.open_session(replace(config, refit=10, seed=1), FSM(16, 3, 4), folder / "refit"))
 sessions.write_tensors = full_disk
 try:
     train.train(open_session("full"))
@@ -272,9 +274,9 @@ def job(tiny_run, tmp_path_factory):
 
 def test_two_processes_train_as_one(job, tiny_run):
     folder, result = job
-    # Printed by one of them alone:
-    assert result.stdout.count("step    60 ") == 1
-    assert result.stdout.count("step    30 ") == 1
+    # Printed by one of them alone, of two runs:
+    assert result.stdout.count("step    60 ") == 2
+    assert result.stdout.count("step    30 ") == 2
     assert "Warning" not in result.stderr
     two = weights(folder / "two")
     assert same(weights(folder, "rank0.pt"), two)
@@ -282,6 +284,12 @@ def test_two_processes_train_as_one(job, tiny_run):
     close(two, weights(tiny_run))
     for line, other in zip(read_metrics(folder / "two"), read_metrics(tiny_run), strict=True):
         assert line["loss"] == pytest.approx(other["loss"], abs=1e-5)
+
+
+def test_two_processes_refit_codes_as_one(job, tmp_path):
+    folder, _ = job
+    assert train_fsm([*TINY, "--refit", "10", "--seed", "1", "--out", str(tmp_path / "one")]) == 0
+    close(weights(folder / "refit"), weights(tmp_path / "one"))
 
 
 def test_a_process_that_dies_ends_the_job(job):

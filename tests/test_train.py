@@ -54,7 +54,12 @@ def refusal(command, *arguments, capsys):
 
 @pytest.mark.parametrize(
     "method",
-    ["--similarity distance", "--similarity cosine", "--dense-share 0 --k 2"],
+    [
+        "--similarity distance",
+        "--similarity cosine",
+        "--dense-share 0 --k 2",
+        "--refit 10 --k 2 --revive-every 1",
+    ],
 )
 def test_a_few_steps_are_deterministic_and_change_every_parameter(method, tmp_path):
     flags = [*SHORT, *method.split()]
@@ -87,7 +92,7 @@ def test_gradients_of_a_step_are_those_of_loss_and_pulls(fsm):
     model = GPT(config)
     other = GPT(config)
     other.load_state_dict(model.state_dict())
-    optimizer = torch.optim.SGD([{"params": model.parameters(), "times": 1.0}], lr=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     training.train_step(model, model, optimizer, config, 0, fsm)
     _, loss = other(*training.batch(config, fsm, "cpu", 0, 0))
     for codebook in codebooks(other).values():

@@ -21,7 +21,7 @@ from minicode.model import GPT, GPTConfig
 from minicode.runtime.files import check_tensors, figures, read_json, read_tensors, reading, write
 from minicode.runtime.options import option
 
-VERSION = 6  # of the files in a run's folder
+VERSION = 7  # of the files in a run's folder
 # By minicode.interpret and minicode.sample:
 MADE_LATER = ("interpret.json", "report.html", "steering.json")
 FILES = (
@@ -59,8 +59,11 @@ class TrainConfig(GPTConfig):
         below=1,
     )
     codebook_lr: float = option(0.5, "learning rate with codebooks, as a share of lr", least=0)
-    codes_lr: float = option(
-        1.0, "learning rate of the codes, as a multiple of the other weights'", least=0
+    refit: float = option(
+        0.0,
+        "codes move by least squares on each batch, held back as by so many activations; "
+        "0: by gradient",
+        least=0,
     )
     autoencoding: float = option(
         1.0, "weight of |q - stop_gradient(a)|^2, which moves codes to activations", least=0

@@ -53,19 +53,14 @@ def make_model(config, data):
 
 
 def make_optimizer(model, config):
-    """AdamW, with weight decay on matrices, but on no bias, gain or code.
-
-    "times": by what `train_step` multiplies the learning rate.
-    """
-    codes = [codebook.codes for codebook in codebooks(model).values()]
-    known = {*codes}
-    weights = [p for p in model.parameters() if p not in known]
+    """AdamW, with weight decay on matrices, but on no bias, gain or code."""
+    for codebook in codebooks(model).values():
+        codebook.codes.requires_grad_(not config.refit)
+    weights = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in weights if p.dim() == 2], "weight_decay": 0.1, "times": 1.0},
-        {"params": [p for p in weights if p.dim() != 2], "times": 1.0},
-        {"params": codes, "times": config.codes_lr},
+        {"params": [p for p in weights if p.dim() == 2], "weight_decay": 0.1},
+        {"params": [p for p in weights if p.dim() != 2]},
     ]
-    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), weight_decay=0)
 
 

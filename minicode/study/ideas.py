@@ -40,7 +40,7 @@ def start_at_random(self, inputs, generator=None):
     self.codes.copy_(chosen.transpose(0, 1) / self.k)
 
 
-def no_fit(self, a):
+def no_fit(self, a, ids):
     """_fit, not done: codes stay k-means' means, a k-th of each."""
 
 
