@@ -59,9 +59,11 @@ class CodesFromData:
         a = inputs.transpose(0, 1).contiguous()  # (G, N, d)
         self.codes.copy_(self._seeds(a, self.n_codes, generator))
         for _ in range(rounds):
+            processes.check_stop(a.device)
             self._move_to_means(a)
         self.codes /= self.k
         for _ in range(rounds if self.k > 1 else 0):
+            processes.check_stop(a.device)
             self._fit(inputs)
         self.usage.zero_()
         processes.take_from_first(self)

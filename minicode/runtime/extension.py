@@ -47,7 +47,7 @@ def load():
         cuda = _find_cuda()
         devices = ("cpu", "cuda") if cuda else ("cpu",)
         return devices, str(_load(cuda))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         reason = " ".join(str(error).split())[:300]
         if mode == "require":
             raise ValueError(
@@ -128,7 +128,7 @@ def _key(compiler, cuda, sources):
     parts += [FLAGS, CUDA_FLAGS, _output(compiler, "--version"), cuda]
     if cuda:
         parts.append(_output(cuda[0], "--version"))
-    parts += [path.read_text() for path in sources]
+    parts += [path.read_text(encoding="utf-8") for path in sources]
     text = "\0".join(map(str, parts))
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
@@ -136,7 +136,9 @@ def _key(compiler, cuda, sources):
 def _output(*command):
     """What a command prints, or nothing if it fails."""
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        result = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=60
+        )
     except OSError:
         return ""
     return result.stdout if result.returncode == 0 else ""
@@ -153,9 +155,9 @@ def _build(folder, compiler, cuda, sources):
         raise RuntimeError("there is no ninja (pip install ninja)") from None
     for path in sources:
         shutil.copy(path, folder)
-    (folder / "build.ninja").write_text(_rules(compiler, cuda, sources))
+    (folder / "build.ninja").write_text(_rules(compiler, cuda, sources), encoding="utf-8")
     command = [f"{BIN_DIR}/ninja", "-C", folder]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if result.returncode:
         lines = (result.stdout + result.stderr).splitlines()
         errors = [line for line in lines if "error" in line] or lines[-1:]
