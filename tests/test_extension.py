@@ -107,7 +107,8 @@ def compiler(objects, tmp_path):
     """A compiler that compiles a file once for all tests, and then hands out what it made."""
     real = shutil.which("c++")
     script = tmp_path / "c++"
-    script.write_text(f"""#!/bin/sh
+    script.write_text(
+        f"""#!/bin/sh
 last= source= out=
 for word in "$@"; do
   [ "$last" = -c ] && source=$(basename "$word")
@@ -121,7 +122,9 @@ if [ ! -f "$made" ]; then
   cp "$out" "$made.$$" && mv "$made.$$" "$made"
 fi
 cp "$made" "$out"
-""")
+""",
+        encoding="utf-8",
+    )
     script.chmod(0o755)
     return script
 
@@ -170,7 +173,9 @@ def test_no_compiler(load, tmp_path):
 
 def test_a_compiler_that_fails(load, tmp_path):
     script = tmp_path / "broken"
-    script.write_text("#!/bin/sh\necho 'fatal error: this compiler is too old' >&2\nexit 1\n")
+    script.write_text(
+        "#!/bin/sh\necho 'fatal error: this compiler is too old' >&2\nexit 1\n", encoding="utf-8"
+    )
     script.chmod(0o755)
     assert_fallback(load(CXX=script), "broken failed", "this compiler is too old")
     assert not list((tmp_path / "minicode").iterdir())
@@ -178,7 +183,7 @@ def test_a_compiler_that_fails(load, tmp_path):
 
 def test_a_compiler_that_fails_and_says_nothing(load, tmp_path):
     script = tmp_path / "silent"
-    script.write_text("#!/bin/sh\nexit 1\n")
+    script.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
     script.chmod(0o755)
     assert_fallback(load(CXX=script), "silent failed: ninja: build stopped")
 
@@ -191,7 +196,7 @@ def test_no_ninja(load, monkeypatch):
 
 @needs_compiler
 def test_a_cache_folder_that_can_not_be_written(load, tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     assert_fallback(load(XDG_CACHE_HOME=tmp_path / "file"), "Not a directory")
 
 
@@ -254,10 +259,10 @@ def test_the_headers_of_cuda_may_lie_among_those_of_the_system(tmp_path):
     """As Debian has them: in /usr/include, which no compiler may be given first."""
     source = tmp_path / "sources" / "some.cpp"
     source.parent.mkdir()
-    source.write_text("#include <cstdlib>\n")
+    source.write_text("#include <cstdlib>\n", encoding="utf-8")
     with suppress(RuntimeError):  # there may be nothing of CUDA to link
         extension._build(tmp_path, "c++", ("/usr/bin/nvcc", "sm_80"), [source])
-    assert "-idirafter /usr/include " in (tmp_path / "build.ninja").read_text()
+    assert "-idirafter /usr/include " in (tmp_path / "build.ninja").read_text(encoding="utf-8")
     assert (tmp_path / "some.cpp.o").exists()
 
 
@@ -283,7 +288,7 @@ def start(code, cache=None, path=ROOT, **more):
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         env=environment,
         cwd="/",
         start_new_session=True,
@@ -314,16 +319,19 @@ def test_a_kill_in_the_middle_of_a_build(load, compiler, tmp_path):
     os.mkfifo(end)
     held_open = os.open(end, os.O_RDWR)
     waits = tmp_path / "waits"
-    waits.write_text(f"""#!/bin/sh
+    waits.write_text(
+        f"""#!/bin/sh
 case "$*" in
   *-c*) mkdir {tmp_path}/first || exit 1; exec 3< {end}; echo > {begun}; read x <&3;;
   *) exec {shutil.which("c++")} "$@";;
 esac
-""")
+""",
+        encoding="utf-8",
+    )
     waits.chmod(0o755)
     code = "from minicode.runtime import extension; extension.load()"
     process = start(code, tmp_path, CXX=str(waits))
-    begun.read_text()
+    begun.read_text(encoding="utf-8")
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     os.close(held_open)
@@ -355,7 +363,7 @@ print("right")
 
 def test_command_tells_what_is_used():
     command = [sys.executable, "-m", "minicode.topk"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT)
     assert result.returncode == 0
     assert "the C++ extension: " in result.stdout
     assert "RuntimeWarning" not in result.stderr

@@ -56,7 +56,7 @@ def in_child(function, log):
     pid = os.fork()
     if pid == 0:
         status = 99
-        with open(log, "w", buffering=1) as file:
+        with open(log, "w", buffering=1, encoding="utf-8") as file:
             sys.stdout = file
             sys.stderr = file
             try:
@@ -162,7 +162,7 @@ def test_a_full_disk_stops_the_run_with_one_line_and_leaves_the_checkpoint(small
         return train_fsm(["--out", str(folder), *SMALL])
 
     assert in_child(train, tmp_path / "log") == 1
-    log = (tmp_path / "log").read_text()
+    log = (tmp_path / "log").read_text(encoding="utf-8")
     wrong = f"{folder / 'train_state.pt'} could not be written: File too large"
     assert log.splitlines()[-1] == f"python -m minicode.train_fsm: error: {wrong}"
     assert "Traceback" not in log
@@ -260,12 +260,14 @@ train.train(open_session("dies"))
 def job(tiny_run, tmp_path_factory):
     """What two processes left that torchrun started: their folder, and how they ended."""
     folder = tmp_path_factory.mktemp("job")
-    (folder / "worker.py").write_text(WORKER)
+    (folder / "worker.py").write_text(WORKER, encoding="utf-8")
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     settings = repr(vars(load_run(tiny_run).config))
     command = [*start, str(folder / "worker.py"), str(folder), settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    result = subprocess.run(
+        command, capture_output=True, encoding="utf-8", env=environment, timeout=120
+    )
     assert (folder / "rank0.pt").exists(), result.stderr
     return folder, result
 
@@ -295,14 +297,14 @@ def test_a_process_that_dies_ends_the_job(job):
 
 def change_json(name, **changes):
     def damage(folder):
-        data = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps({**data, **changes}))
+        data = json.loads((folder / name).read_text(encoding="utf-8"))
+        (folder / name).write_text(json.dumps({**data, **changes}), encoding="utf-8")
 
     return damage
 
 
 def change_text(name, text):
-    return lambda folder: (folder / name).write_text(text)
+    return lambda folder: (folder / name).write_text(text, encoding="utf-8")
 
 
 def change_weights(name, change):

@@ -203,7 +203,9 @@ def test_resumed_run_ends_as_the_unbroken_one(stop_at, tiny_run, tmp_path, monke
     with pytest.raises(KeyError, match="killed"):
         train(folder)
     monkeypatch.undo()
-    (folder / "metrics.jsonl").write_text("{]\n")  # is made anew from the checkpoint
+    (folder / "metrics.jsonl").write_text(
+        "{]\n", encoding="utf-8"
+    )  # is made anew from the checkpoint
     assert same(train(folder, "--resume"), torch.load(tiny_run / "model.pt", weights_only=True))
     assert (folder / "metrics.jsonl").read_bytes() == (tiny_run / "metrics.jsonl").read_bytes()
 
@@ -216,7 +218,7 @@ def test_ctrl_c_leaves_a_run_that_resumes(tmp_path):
         [*command, "--steps", "4000"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     while not process.stdout.readline().startswith("step    30 "):
@@ -292,7 +294,7 @@ def test_other_folders_are_left_alone(tmp_path, capsys):
         return refusal(train_fsm, "--out", tmp_path / name, flag, capsys=capsys)
 
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "thesis.tex").write_text("years of work")
+    (tmp_path / "other" / "thesis.tex").write_text("years of work", encoding="utf-8")
     assert "is not empty, and not a run" in refused("other", "--overwrite")
     assert "no run in" in refused("none", "--resume")
     assert not (tmp_path / "none").exists()
@@ -326,7 +328,9 @@ def told(tmp_path_factory):
     """What a short run prints where there is no terminal: (stdout, stderr)."""
     folder = tmp_path_factory.mktemp("told") / "run"
     command = [sys.executable, "-m", "minicode.train_fsm", "--out", str(folder), *TINY]
-    result = subprocess.run([*command, *SHORT, "--steps", "40"], capture_output=True, text=True)
+    result = subprocess.run(
+        [*command, *SHORT, "--steps", "40"], capture_output=True, encoding="utf-8"
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout, result.stderr
 
@@ -417,8 +421,8 @@ def truncate(folder):
 
 def change_config(**changes):
     def damage(folder):
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (folder / "config.json").write_text(json.dumps({**config, **changes}), encoding="utf-8")
 
     return damage
 
@@ -444,7 +448,7 @@ DAMAGE = {
     ),
     "other version": (change_config(version=3), "another version of minicode"),
     "half a file": (
-        lambda folder: (folder / "fsm.json").write_text('{"n_states": 16'),
+        lambda folder: (folder / "fsm.json").write_text('{"n_states": 16', encoding="utf-8"),
         "fsm.json is damaged",
     ),
     "missing": (lambda folder: (folder / "model.pt").unlink(), "has no checkpoint yet"),
