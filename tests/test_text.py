@@ -1,6 +1,7 @@
 """Language: the tokenizer, the stories and their ground truth, one's own text, runs on both."""
 
 import json
+import os
 import re
 from collections import Counter
 
@@ -311,6 +312,22 @@ BAD_TEXT = [
     (b"abc \n\n" * 2000 + b"\xff\xfe", "is not UTF-8: byte 0xff at offset 12000"),
     ("UTF-16".encode("utf-16"), "is not UTF-8: byte 0xff at offset 0 (invalid start byte)"),
 ]
+
+
+def test_a_pipe_is_refused_as_one(tmp_path, capsys):
+    """As in --data <(cat file): what is read twice can't be read from it."""
+    reader, writer = os.pipe()
+    line = refusal(
+        train_text, "--out", tmp_path / "run", "--data", f"/dev/fd/{reader}", capsys=capsys
+    )
+    assert f"/dev/fd/{reader} is a pipe or a device" in line
+    os.close(reader)
+    os.close(writer)
+
+
+def test_standard_input_is_read_where_it_is_a_file(own_file):
+    with open(own_file, "rb") as file:
+        assert Text(data=[f"/dev/fd/{file.fileno()}"]) == Text(data=[str(own_file)])
 
 
 @pytest.mark.parametrize("content, words", BAD_TEXT)

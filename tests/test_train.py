@@ -284,6 +284,7 @@ def test_existing_runs_are_never_lost(tiny_run, tmp_path, capsys):
     assert "its data" in refused("--resume", "--n-edges", 2)
     assert "k must be from 1" in refused("--overwrite", "--k", 99)
     assert "not allowed with argument" in refused("--resume", "--overwrite")
+    assert "there is no room" in refused("--overwrite", "--batch-size", 10**11)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     # Done already: it shows its figures again.
     assert train_fsm(["--out", str(folder), *TINY, "--resume"]) == 0
@@ -390,6 +391,7 @@ def test_only_rank_0_speaks(monkeypatch, capsys):
         ("--device warp", "device must be cpu, cuda or auto, not 'warp'"),
         ("--device cuda:99", "device 'cuda:99' can't be used here"),
         ("--n-codes 1000000000000", "there is no room for this model"),
+        ("--batch-size 100000000000", "there is no room for this model, or its batches"),
         (f"--seed {2**63}", "seed must be below 9223372036854775808"),
         ("--block-size 3", "block_size (3) must be at least 4 here"),
         ("--lr fast", "--lr: invalid float value: 'fast'"),
@@ -401,6 +403,17 @@ def test_bad_settings_end_in_one_line(flags, words, tmp_path, capsys):
     folder = tmp_path / "run"
     assert words in refusal(train_fsm, "--out", folder, *TINY, *flags.split(), capsys=capsys)
     assert not folder.exists()
+
+
+def test_a_name_that_is_no_utf8_is_said_to_be_no_more_than_that(tiny_run, tmp_path, capsys):
+    folder = tmp_path / os.fsdecode(b"run\xff")
+    line = refusal(train_fsm, "--out", folder, *TINY, capsys=capsys)
+    assert "has a name that is not UTF-8" in line
+    assert not folder.exists()
+    shutil.copytree(tiny_run, folder)
+    line = refusal(sample, "--run", folder, capsys=capsys)
+    assert "has a name that is not UTF-8" in line
+    assert "damaged" not in line
 
 
 def test_a_batch_that_processes_can_not_share_is_refused(tmp_path, capsys, monkeypatch):

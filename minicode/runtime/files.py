@@ -48,7 +48,7 @@ def lock(number, folder):
 
 def check_name(folder):
     """ValueError for a name that torch can't open."""
-    with reading(folder, "has a name that is not UTF-8"):
+    with reading(ascii(str(folder)), "has a name that is not UTF-8"):
         str(folder).encode()
 
 
