@@ -59,11 +59,9 @@ class CodesFromData:
         a = inputs.transpose(0, 1).contiguous()  # (G, N, d)
         self.codes.copy_(self._seeds(a, self.n_codes, generator))
         for _ in range(rounds):
-            processes.check_stop(a.device)
             self._move_to_means(a)
         self.codes /= self.k
         for _ in range(rounds if self.k > 1 else 0):
-            processes.check_stop(a.device)
             self._fit(inputs)
         self.usage.zero_()
         processes.take_from_first(self)
@@ -86,7 +84,7 @@ class CodesFromData:
         Least squares: with S (N, C) how often each code is chosen, (SᵀS + 1) move = Sᵀ(a - SE), a
         group at a time; by five steps of conjugate gradients, for which SᵀS need not be stored.
         """
-        ids = self.search(a)  # (N, G, k)
+        ids = torch.cat([self.search(part) for part in self._parts(a)])  # (N, G, k)
         bags = self._bags(ids)
         lack = self._gather(bags, a - self.sum_codes(ids))  # (G, C, d)
         towards = lack
@@ -98,6 +96,13 @@ class CodesFromData:
             lack = lack - length * pull
             turn = lack.square().sum(1, keepdim=True) / error.clamp_min(1e-30)
             towards = lack + turn * towards
+
+    def _parts(self, a):
+        """a (N, G, d) by rows that are searched in a second or so; between them a stop is heard."""
+        rows = max(1, (1 << 35) // self.codes.numel())
+        for part in a.split(rows):
+            processes.check_stop(a.device)
+            yield part
 
     def _bags(self, ids):
         """For `_gather`: the places of ids (N, G, k), code by code, and where each code begins."""
@@ -114,7 +119,9 @@ class CodesFromData:
 
     def _nearest(self, a, codes):
         """For each of a (G, N, d): the nearest code's id, its squared distance; both (G, N)."""
-        ids = topk_codes(a.transpose(0, 1), codes, 1, "distance")[1].squeeze(-1).T
+        parts = self._parts(a.transpose(0, 1))
+        found = [topk_codes(part, codes, 1, "distance")[1] for part in parts]
+        ids = torch.cat(found).squeeze(-1).T
         return ids, (a - rows_of(codes, ids)).square().sum(-1)
 
     def _seeds(self, a, n, generator, nearest=None, power=1):

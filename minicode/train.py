@@ -67,8 +67,12 @@ def begin_codebooks(session, generator):
     say("starting the codebooks by k-means")
     most = max(codebook.n_codes for codebook in codebooks(model).values())
     n_batches = math.ceil(32 * max(most, 1024) / (config.batch_size * config.block_size))
-    batches = [batch(config, session.data, model.device, 1, i)[0] for i in range(n_batches)]
-    start_codebooks(model, torch.cat(batches), generator=generator)
+    processes.at_once = True
+    try:
+        batches = [batch(config, session.data, model.device, 1, i)[0] for i in range(n_batches)]
+        start_codebooks(model, torch.cat(batches), generator=generator)
+    finally:
+        processes.at_once = False
     if session.data.model:
         processes.first(look, session)
 

@@ -151,22 +151,50 @@ except BaseException:
 
 
 @pytest.mark.parametrize("work, k", [("_move_to_means", 1), ("_fit", 2)])
-def test_a_signal_is_heard_between_rounds_of_the_codebooks_start(work, k, tmp_path, monkeypatch):
-    real = getattr(Codebook, work)
+def test_a_signal_is_heard_within_a_round_of_the_codebooks_start(work, k, tmp_path, monkeypatch):
+    """Each round is searched in several parts here, as it is where there are many codes."""
+    real = Codebook._parts
+    at_work = getattr(Codebook, work)
     rounds = []
+    parts = []
 
-    def interrupted(self, *arguments):
+    def in_parts(self, a):
+        for small in a.split(len(a) // 4):
+            for part in real(self, small):
+                parts.append(len(rounds))
+                if parts[-2:] == [3, 3]:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield part
+
+    def counted(self, *arguments):
         rounds.append(self.name)
-        if len(rounds) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, *arguments)
+        return at_work(self, *arguments)
 
     flags = ["--out", str(tmp_path / "run"), *TINY, "--k", str(k)]
     with monkeypatch.context() as patch:
-        patch.setattr(Codebook, work, interrupted)
+        patch.setattr(Codebook, "_parts", in_parts)
+        patch.setattr(Codebook, work, counted)
         assert train_fsm(flags) == 130
     assert rounds == ["head.0"] * 3  # of ten
+    assert parts.count(3) == 2  # of four
     assert train_fsm([*flags, "--resume"]) == 0
+
+
+def test_a_signal_while_dead_codes_are_revived_stops_after_the_step(tmp_path, monkeypatch):
+    real = Codebook._seeds
+    revived = []
+
+    def interrupted(self, a, n, generator, *more, **how):
+        revived.extend(more)
+        if len(revived) == 1:  # there are none at their start
+            revived.append(None)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, a, n, generator, *more, **how)
+
+    monkeypatch.setattr(Codebook, "_seeds", interrupted)
+    flags = ["--out", str(tmp_path / "run"), *TINY, "--n-codes", "400"]
+    assert train_fsm(flags) == 130
+    assert (tmp_path / "run" / "train_state.pt").exists()
 
 
 DEAF = """

@@ -79,13 +79,12 @@ def stop_signals():
     writer.setblocking(False)
     threading.Thread(target=end_at_second, args=[reader], daemon=True).start()
     before = signal.set_wakeup_fd(writer.fileno())
-    asked = processes.asked
-    with writer, handled(lambda number, frame: asked.append(number), "SIGINT", "SIGTERM"):
+    with writer, handled(processes.ask, "SIGINT", "SIGTERM"):
         try:
             yield
         finally:
             signal.set_wakeup_fd(before)
-            asked.clear()
+            processes.asked.clear()
 
 
 def end_at_second(reader):
