@@ -84,7 +84,8 @@ class CodesFromData:
         Least squares: with S (N, C) how often each code is chosen, (SᵀS + 1) move = Sᵀ(a - SE), a
         group at a time; by five steps of conjugate gradients, for which SᵀS need not be stored.
         """
-        ids = torch.cat([self.search(part) for part in self._parts(a)])  # (N, G, k)
+        found = [self.search(part) for part in self._parts(a)]
+        ids = torch.cat(found)  # (N, G, k)
         bags = self._bags(ids)
         lack = self._gather(bags, a - self.sum_codes(ids))  # (G, C, d)
         towards = lack
