@@ -4,6 +4,12 @@ The paper: Tamkin, Taufeeque, Goodman, arXiv 2310.17230.
 """
 
 import importlib
+import sys
+
+from minicode.runtime import streams
+
+if sys.argv[:1] == ["-m"] and "minicode" in " ".join(sys.orig_argv):
+    streams.begin()  # this is a command of ours, and python -m is about to import its file
 
 _FILES = {
     "topk_codes": "topk",

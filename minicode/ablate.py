@@ -21,6 +21,7 @@ from minicode.codebook import Codebook
 from minicode.runtime.files import write
 from minicode.runtime.options import Parser
 from minicode.runtime.runs import load_run
+from minicode.runtime.streams import outlive
 from minicode.study.demonstration import controls
 from minicode.study.ideas import TABLES
 from minicode.train_fsm import main as train_fsm
@@ -29,6 +30,7 @@ from minicode.train_text import main as train_text
 COMMANDS = {"train_fsm": train_fsm, "train_text": train_text}
 
 
+@outlive()
 def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -97,7 +99,7 @@ def result(table, idea, folder, flags):
     """The figures of an idea, which is trained in this folder unless it was."""
     path = folder / "ablation.json"
     if path.exists():
-        figures = json.loads(path.read_text())
+        figures = json.loads(path.read_bytes())
         if figures["flags"] == flags:
             return figures
     methods = table.replaced.get(idea)

@@ -62,7 +62,8 @@ class CodesFromData:
             self._move_to_means(a)
         self.codes /= self.k
         for _ in range(rounds if self.k > 1 else 0):
-            self._fit(inputs, self.search(inputs))
+            found = [self.search(part) for part in self._parts(inputs)]
+            self._fit(inputs, torch.cat(found))
         self.usage.zero_()
         processes.take_from_first(self)
 
@@ -109,6 +110,13 @@ class CodesFromData:
             turn = lack.square().sum(1, keepdim=True) / error.clamp_min(1e-30)
             towards = lack + turn * towards
 
+    def _parts(self, a):
+        """a (N, G, d) by rows that are searched in a second or so; between them a stop is heard."""
+        rows = max(1, (1 << 35) // self.codes.numel())
+        for part in a.split(rows):
+            processes.check_stop(a.device)
+            yield part
+
     def _bags(self, ids):
         """For `_gather`: the places of ids (N, G, k), code by code, and where each code begins."""
         rows = self._rows(ids).flatten()
@@ -124,7 +132,9 @@ class CodesFromData:
 
     def _nearest(self, a, codes):
         """For each of a (G, N, d): the nearest code's id, its squared distance; both (G, N)."""
-        ids = topk_codes(a.transpose(0, 1), codes, 1, "distance")[1].squeeze(-1).T
+        parts = self._parts(a.transpose(0, 1))
+        found = [topk_codes(part, codes, 1, "distance")[1] for part in parts]
+        ids = torch.cat(found).squeeze(-1).T
         return ids, (a - rows_of(codes, ids)).square().sum(-1)
 
     def _seeds(self, a, n, generator, nearest=None, power=1):

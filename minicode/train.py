@@ -57,11 +57,7 @@ def active_codebooks(model):
     return {name: codebook for name, codebook in books if codebook.enabled}
 
 
-class Stopped(Exception):
-    """A signal came while the codebooks started: resuming does that again."""
-
-
-def begin_codebooks(session, generator, stop):
+def begin_codebooks(session, generator):
     """Starts the codebooks from what the model makes of 32 tokens a code."""
     config = session.config
     model = session.model
@@ -71,16 +67,12 @@ def begin_codebooks(session, generator, stop):
     say("starting the codebooks by k-means")
     most = max(codebook.n_codes for codebook in codebooks(model).values())
     n_batches = math.ceil(32 * max(most, 1024) / (config.batch_size * config.block_size))
-    batches = [batch(config, session.data, model.device, 1, i)[0] for i in range(n_batches)]
-
-    def check(codebook, arguments):
-        if processes.any_rank(bool(stop), model.device):
-            raise Stopped
-
-    with ExitStack() as stack:
-        for codebook in codebooks(model).values():
-            stack.enter_context(codebook.register_forward_pre_hook(check))
+    processes.at_once = True
+    try:
+        batches = [batch(config, session.data, model.device, 1, i)[0] for i in range(n_batches)]
         start_codebooks(model, torch.cat(batches), generator=generator)
+    finally:
+        processes.at_once = False
     if session.data.model:
         processes.first(look, session)
 
@@ -174,19 +166,19 @@ def train(session):
     model.train()
     session.paced = session.step, session.seconds
     steps_bar = bar(total=config.steps, initial=session.step, unit="step")
-    with stop_signals() as stop, steps_bar:
+    with stop_signals(), steps_bar:
         for step in range(session.step, config.steps):
             generator = torch.Generator(model.device).manual_seed(seed_of(config, step))
             if step == session.start_step:
                 try:
-                    begin_codebooks(session, generator, stop)
-                except Stopped:
+                    begin_codebooks(session, generator)
+                except processes.Stopped:
                     return None
                 forward = wrapped(session)
                 session.paced = step, time.monotonic() - began
 
             loss = train_step(model, forward, session.optimizer, config, step, session.data)
-            stopped = processes.any_rank(bool(stop), model.device)
+            stopped = processes.stopping(model.device)
             session.step = step + 1
             session.seconds = time.monotonic() - began
 

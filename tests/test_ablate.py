@@ -85,7 +85,9 @@ def test_a_table_with_a_method_replaced_is_made_once(tmp_path, monkeypatch, caps
     head, rule, row = capsys.readouterr().out.splitlines()[-3:]
     assert head == "| idea | loss | transition accuracy | dead code fraction | control mlp |"
     assert rule == "|---|---|---|---|---|"
-    figures = json.loads((tmp_path / "fsm" / "a-small-one-0" / "ablation.json").read_text())
+    figures = json.loads(
+        (tmp_path / "fsm" / "a-small-one-0" / "ablation.json").read_text(encoding="utf-8")
+    )
     loss = f"{figures['loss']:.3f}"
     assert row.startswith(f"| a small one `{SMALL}` | {loss} ({loss} to {loss}) | ")
     assert 0 <= figures["control_mlp"] <= 1

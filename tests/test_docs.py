@@ -29,7 +29,9 @@ QUICK = ["--steps", "12", "--batch-size", "64", "--eval-every", "12", "--device"
 
 
 def blocks(name, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / name).read_text(), flags=re.M | re.S)
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", (ROOT / name).read_text(encoding="utf-8"), flags=re.M | re.S
+    )
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +52,9 @@ def make_smollm2(folder):
     from test_pretrained_run import make_folder
 
     make_folder(folder / "smollm2")
-    (folder / "wikitext.txt").write_text("The film was loud, and the king had seen it.\n\n" * 300)
+    (folder / "wikitext.txt").write_text(
+        "The film was loud, and the king had seen it.\n\n" * 300, encoding="utf-8"
+    )
 
 
 def assert_alike(printed, expected, tolerance):
@@ -71,7 +75,9 @@ def test_python_blocks_run_in_order_and_print_what_stands_below(
     monkeypatch.chdir(tmp_path)
     namespace = {}
     block_and_output = r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```)?"
-    pairs = re.findall(block_and_output, (ROOT / name).read_text(), flags=re.M | re.S)
+    pairs = re.findall(
+        block_and_output, (ROOT / name).read_text(encoding="utf-8"), flags=re.M | re.S
+    )
     assert pairs
     if any("transformers" in block for block, _ in pairs):
         make_smollm2(tmp_path)
@@ -119,11 +125,11 @@ def test_commands_are_accepted(name, default_run, tmp_path, monkeypatch):
 
 def test_pictures_are_there_small_and_described():
     for name in ("README.md", "tutorial.md"):
-        text = (ROOT / name).read_text()
+        text = (ROOT / name).read_text(encoding="utf-8")
         pictures = re.findall(r'<img src="(assets/\w+\.svg)" width="\d+" alt="([^"]{40,})">', text)
         assert len(pictures) == text.count("<img ") >= 1
         for path, _ in pictures:
-            picture = (ROOT / path).read_text()
+            picture = (ROOT / path).read_text(encoding="utf-8")
             assert len(picture) < 120_000
             assert "prefers-color-scheme:dark" in picture
 
@@ -136,14 +142,14 @@ def anchors(text):
 
 def test_links_lead_somewhere():
     for name in ("README.md", "tutorial.md", "csrc/README.md"):
-        for target in re.findall(r"\]\(([^)]+)\)", (ROOT / name).read_text()):
+        for target in re.findall(r"\]\(([^)]+)\)", (ROOT / name).read_text(encoding="utf-8")):
             path, _, anchor = target.partition("#")
             if path.startswith("http"):
                 continue
             there = (ROOT / name).parent / path if path else ROOT / name
             assert there.exists(), target
             if anchor:
-                assert anchor in anchors(there.read_text()), target
+                assert anchor in anchors(there.read_text(encoding="utf-8")), target
 
 
 def test_set_up_and_test_commands_are_there():
@@ -156,7 +162,7 @@ def test_set_up_and_test_commands_are_there():
 
 
 def test_the_front_page_is_one_and_its_map_is_true():
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 130
     named = set(re.findall(r"\b(\w+)\.py\b", text))
     there = {path.stem for path in (ROOT / "minicode").glob("*.py")} - {"__init__", "__main__"}
@@ -167,8 +173,8 @@ def test_the_front_page_is_one_and_its_map_is_true():
 
 
 def test_set_up_imports_no_torch_and_importing_minicode_is_quiet():
-    assert "import torch" not in (ROOT / "setup.py").read_text()
+    assert "import torch" not in (ROOT / "setup.py").read_text(encoding="utf-8")
     result = subprocess.run(
-        [sys.executable, "-c", "import minicode"], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-c", "import minicode"], capture_output=True, encoding="utf-8", cwd=ROOT
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

@@ -25,7 +25,7 @@ def outcomes(answers, **environment):
     result = subprocess.run(
         [sys.executable, "-c", code, *flags, *CHECKS],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(FOLDER), **environment},
     )
@@ -37,7 +37,7 @@ def outcomes(answers, **environment):
 
 def test_every_check_fails_until_it_is_solved(tmp_path):
     assert len(CHECKS) == 10
-    handed_out = (FOLDER / "answers.py").read_text()
+    handed_out = (FOLDER / "answers.py").read_text(encoding="utf-8")
     if handed_out.count("  raise NotImplementedError\n") < 11:
         pytest.skip("some of the exercises have been solved here")
     found, printed = outcomes("answers", EXERCISE_RUN=str(tmp_path / "none"))

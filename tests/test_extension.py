@@ -107,7 +107,8 @@ def compiler(objects, tmp_path):
     """A compiler that compiles a file once for all tests, and then hands out what it made."""
     real = shutil.which("c++")
     script = tmp_path / "c++"
-    script.write_text(f"""#!/bin/sh
+    script.write_text(
+        f"""#!/bin/sh
 last= source= out=
 for word in "$@"; do
   [ "$last" = -c ] && source=$(basename "$word")
@@ -121,7 +122,9 @@ if [ ! -f "$made" ]; then
   cp "$out" "$made.$$" && mv "$made.$$" "$made"
 fi
 cp "$made" "$out"
-""")
+""",
+        encoding="utf-8",
+    )
     script.chmod(0o755)
     return script
 
@@ -170,7 +173,9 @@ def test_no_compiler(load, tmp_path):
 
 def test_a_compiler_that_fails(load, tmp_path):
     script = tmp_path / "broken"
-    script.write_text("#!/bin/sh\necho 'fatal error: this compiler is too old' >&2\nexit 1\n")
+    script.write_text(
+        "#!/bin/sh\necho 'fatal error: this compiler is too old' >&2\nexit 1\n", encoding="utf-8"
+    )
     script.chmod(0o755)
     assert_fallback(load(CXX=script), "the compiler failed", "this compiler is too old")
     assert not list((tmp_path / "minicode").iterdir())
@@ -178,7 +183,7 @@ def test_a_compiler_that_fails(load, tmp_path):
 
 def test_a_compiler_that_fails_and_says_nothing(load, tmp_path):
     script = tmp_path / "silent"
-    script.write_text("#!/bin/sh\nexit 1\n")
+    script.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
     script.chmod(0o755)
     assert_fallback(load(CXX=script), "the compiler failed: ninja: build stopped")
 
@@ -186,14 +191,17 @@ def test_a_compiler_that_fails_and_says_nothing(load, tmp_path):
 @needs_compiler
 def test_linking_that_fails_says_what_is_missing(load, compiler, tmp_path):
     script = tmp_path / "linker"
-    script.write_text(f"""#!/bin/sh
+    script.write_text(
+        f"""#!/bin/sh
 case "$*" in *-shared*)
   echo "x.o: in function f: undefined reference to 'topk_gone'" >&2
   echo "collect2: error: ld returned 1 exit status" >&2
   exit 1
 esac
 exec {compiler} "$@"
-""")
+""",
+        encoding="utf-8",
+    )
     script.chmod(0o755)
     assert_fallback(load(CXX=script), "undefined reference to 'topk_gone'")
 
@@ -202,12 +210,12 @@ exec {compiler} "$@"
 def test_compilers_are_named_and_wrapped_as_for_other_build_tools(load, compiler, tmp_path):
     wrapper = tmp_path / "ccache"
     log = tmp_path / "log"
-    wrapper.write_text(f"""#!/bin/sh\necho "$*" >> {log}\nexec "$@"\n""")
+    wrapper.write_text(f"""#!/bin/sh\necho "$*" >> {log}\nexec "$@"\n""", encoding="utf-8")
     wrapper.chmod(0o755)
     flags = {"CXXFLAGS": "-DMINE='a b'", "LDFLAGS": "-Wl,--as-needed"}
     serves, _ = load(CXX=f"{wrapper} {compiler} -DOWN", **flags)
     assert serves
-    commands = [line for line in log.read_text().splitlines() if " -o " in line]
+    commands = [line for line in log.read_text(encoding="utf-8").splitlines() if " -o " in line]
     assert all(f"{compiler} -DOWN " in command for command in commands)
     compiled = [command for command in commands if " -c " in command]
     assert len(compiled) == len(extension.SOURCES["cpu"])
@@ -224,11 +232,14 @@ def test_the_cpu_asks_for_no_gpu_and_does_not_need_its_compiler(
     load, compiler, tmp_path, monkeypatch
 ):
     nvcc = tmp_path / "nvcc"
-    nvcc.write_text("""#!/bin/sh
+    nvcc.write_text(
+        """#!/bin/sh
 case "$1" in --version) echo "release 13.0,"; exit;; esac
 echo "topk_cuda.cu(1): error: no such architecture" >&2
 exit 1
-""")
+""",
+        encoding="utf-8",
+    )
     nvcc.chmod(0o755)
     asked = []
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -262,7 +273,7 @@ def test_no_ninja(load, monkeypatch):
 
 @needs_compiler
 def test_a_cache_folder_that_can_not_be_written(load, tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     assert_fallback(load(XDG_CACHE_HOME=tmp_path / "file"), "Not a directory")
 
 
@@ -328,10 +339,10 @@ def test_the_headers_of_cuda_may_lie_among_those_of_the_system(tmp_path, monkeyp
     monkeypatch.setattr(extension, "_find_nvcc", lambda: (["/usr/bin/nvcc"], "sm_80"))
     source = tmp_path / "sources" / "some.cpp"
     source.parent.mkdir()
-    source.write_text("#include <cstdlib>\n")
+    source.write_text("#include <cstdlib>\n", encoding="utf-8")
     with suppress(RuntimeError):  # there may be nothing of CUDA to link
         extension._build(tmp_path, extension._find_tools("cuda"), [source])
-    assert "-idirafter /usr/include " in (tmp_path / "build.ninja").read_text()
+    assert "-idirafter /usr/include " in (tmp_path / "build.ninja").read_text(encoding="utf-8")
     assert (tmp_path / "some.cpp.o").exists()
 
 
@@ -357,7 +368,7 @@ def start(code, cache=None, path=ROOT, **more):
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         env=environment,
         cwd="/",
         start_new_session=True,
@@ -370,7 +381,7 @@ def test_two_processes_build_at_once_in_folders_with_spaces_in_their_names(tmp_p
     cache = tmp_path / "my cache"
     for folder in ("minicode", "csrc"):
         shutil.copytree(ROOT / folder, code / folder)
-    (code / "csrc" / "left_from_an_old_build.cpp").write_text("this is not C++")
+    (code / "csrc" / "left_from_an_old_build.cpp").write_text("not C++", encoding="utf-8")
     both = [start(SEARCH, cache, code, CXX=str(compiler)) for _ in range(2)]
     for process in both:
         stdout, stderr = process.communicate()
@@ -389,16 +400,19 @@ def test_a_kill_in_the_middle_of_a_build(load, compiler, tmp_path):
     os.mkfifo(end)
     held_open = os.open(end, os.O_RDWR)
     waits = tmp_path / "waits"
-    waits.write_text(f"""#!/bin/sh
+    waits.write_text(
+        f"""#!/bin/sh
 case "$*" in
   *-c*) mkdir {tmp_path}/first || exit 1; exec 3< {end}; echo > {begun}; read x <&3;;
   *) exec {shutil.which("c++")} "$@";;
 esac
-""")
+""",
+        encoding="utf-8",
+    )
     waits.chmod(0o755)
     code = "from minicode.runtime import extension; extension.load('cpu')"
     process = start(code, tmp_path, CXX=str(waits))
-    begun.read_text()
+    begun.read_text(encoding="utf-8")
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     os.close(held_open)
@@ -430,7 +444,7 @@ print("right")
 
 def test_command_tells_what_is_used():
     command = [sys.executable, "-m", "minicode.topk"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT)
     assert result.returncode == 0
     assert "on a CPU: " in result.stdout
     assert "RuntimeWarning" not in result.stderr

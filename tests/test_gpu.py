@@ -159,12 +159,14 @@ sys.exit(train_fsm.main())
 def test_torchrun_with_nccl(n, gpu_run, tmp_path):
     if n > torch.cuda.device_count():
         pytest.skip(f"there are no {n} GPUs here")
-    (tmp_path / "worker.py").write_text(WORKER)
+    (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     start += ["--local-addr=127.0.0.1", f"--nproc_per_node={n}", str(tmp_path / "worker.py")]
     command = [*start, "--out", str(tmp_path / "run"), *FLAGS]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    result = subprocess.run(
+        command, capture_output=True, encoding="utf-8", env=environment, timeout=300
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("cuda:nccl") == n
     assert result.stdout.count("step    60 ") == 1

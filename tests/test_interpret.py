@@ -36,7 +36,7 @@ def as_json(capsys, *flags):
 
 
 def test_every_figure_has_its_name(interpreted, capsys):
-    result = json.loads((interpreted / "interpret.json").read_text())
+    result = json.loads((interpreted / "interpret.json").read_text(encoding="utf-8"))
     assert result["purity"].keys() == {"bigram", "trigram"}
     assert len(result["purity"]["bigram"]) == 2
     names = {"code_precision", "neuron_precision", "code_wins", "states_with_code"}
@@ -60,10 +60,10 @@ def test_the_control_chart_says_in_words_what_is_forced(interpreted):
 
 def test_a_run_that_has_not_learnt_the_machine_is_told_of(interpreted, tmp_path, capsys):
     shutil.copytree(interpreted, tmp_path / "run")
-    summary = json.loads((interpreted / "summary.json").read_text())
+    summary = json.loads((interpreted / "summary.json").read_text(encoding="utf-8"))
     for accuracy, told in ((0.5, True), (0.95, False)):
         changed = {**summary, "transition_accuracy": accuracy}
-        (tmp_path / "run" / "summary.json").write_text(json.dumps(changed))
+        (tmp_path / "run" / "summary.json").write_text(json.dumps(changed), encoding="utf-8")
         interpret(["--run", str(tmp_path / "run"), "--search", "3"])
         told_of = capsys.readouterr().err
         assert ("has not learnt the machine (transition accuracy 0.50)" in told_of) == told
@@ -181,7 +181,7 @@ def test_the_picture_shows_a_sequence_and_what_forcing_makes_of_it(interpreted, 
     # three columns of codes, at the two digits where they are forced
     forced = [path for path in root.iter(SVG + "path") if path.get("class") == "forced filled"]
     assert len(forced) == 3 * 2
-    assert "prefers-color-scheme:dark" in path.read_text()
+    assert "prefers-color-scheme:dark" in path.read_text(encoding="utf-8")
 
 
 def test_no_picture_of_text_or_of_a_block_without_room(interpreted, tmp_path, capsys):
@@ -230,7 +230,9 @@ def test_runs_that_cannot_be_interpreted_or_compared(tiny_run, tmp_path, capsys)
 def test_odd_runs_are_interpreted_all_the_same(flags, tmp_path, capsys):
     train(tmp_path / "run", *flags, "--steps", "4")
     interpret(["--run", str(tmp_path / "run"), "--json"])
-    control = json.loads((tmp_path / "run" / "interpret.json").read_text())["control"]
+    control = json.loads((tmp_path / "run" / "interpret.json").read_text(encoding="utf-8"))[
+        "control"
+    ]
     assert "all" in control
     assert ("all_mlp" in control) == (flags[0] == "--block-size")
     assert ("mean_difference" in control) == (flags[-1] == "1")
@@ -246,11 +248,11 @@ def test_one_question_at_a_time_and_a_hint_where_nothing_matches(interpreted, ca
 def test_what_goes_wrong_ends_in_one_line(interpreted, tmp_path, capsys):
     folder = shutil.copytree(interpreted, tmp_path / "run")
     precious = tmp_path / "precious"
-    precious.write_text("precious")
+    precious.write_text("precious", encoding="utf-8")
     for name in ("interpret.json", "report.html.tmp"):  # a stranger's folder leads out of itself
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to(precious)
     interpret(["--run", str(folder)])
-    assert precious.read_text() == "precious"
+    assert precious.read_text(encoding="utf-8") == "precious"
     (folder / "dense.pt").write_bytes((folder / "dense.pt").read_bytes()[:500])
     assert "dense.pt is damaged" in refusal(interpret, "--run", folder, capsys=capsys)

@@ -22,7 +22,7 @@ def test_dir_lists_the_public_names_and_each_is_there():
 
 def test_python_m_minicode_lists_the_commands_without_importing_torch():
     command = [sys.executable, "-X", "importtime", "-m", "minicode"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT)
     assert result.returncode == 0, result.stderr
     for name, what in COMMANDS.items():
         assert f"python -m minicode.{name} " in result.stdout
@@ -35,7 +35,7 @@ def test_python_m_minicode_lists_the_commands_without_importing_torch():
 def test_every_command_is_in_the_list():
     modules = []
     for path in (ROOT / "minicode").glob("*.py"):
-        runs_as_one = 'if __name__ == "__main__":' in path.read_text()
+        runs_as_one = 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
         if runs_as_one and path.stem != "__main__":
             modules.append(path.stem)
     assert sorted(modules) == sorted(COMMANDS)

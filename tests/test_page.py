@@ -246,12 +246,12 @@ def browse(tmp_path):
     def run(data, script, address=""):
         page = tmp_path / "report.html"
         write_report(page, data)
-        watched = page.read_text().replace("<head>", WATCH, 1)
-        page.write_text(watched.replace("</body>", RUN % script))
+        watched = page.read_text(encoding="utf-8").replace("<head>", WATCH, 1)
+        page.write_text(watched.replace("</body>", RUN % script), encoding="utf-8")
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900"]
         flags += [f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=10000"]
         command = [browser, *flags, "--dump-dom", page.as_uri() + address]
-        done = subprocess.run(command, capture_output=True, timeout=60, text=True)
+        done = subprocess.run(command, capture_output=True, timeout=60, encoding="utf-8")
         result = re.search("<body><pre>(.*)</pre>", done.stdout, re.DOTALL)
         assert result, f"the script did not end: {done.stdout[-1000:]} {done.stderr[-1000:]}"
         result = json.loads(html.unescape(result[1]))
@@ -444,7 +444,7 @@ def test_a_hostile_corpus_stays_inert_and_ten_thousand_codes_make_a_small_page(b
 
 def test_the_page_asks_for_nothing_else(tmp_path):
     write_report(tmp_path / "report.html", make_data(vocab=list("abcdefghi"), codes=[], figures=[]))
-    page = (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "default-src 'none'" in page
     assert "http-equiv" in page
     assert not re.search(r"https?:|\b(src|action)=|href=\W*\w|@import|url\(|fetch\(", page)

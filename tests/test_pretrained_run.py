@@ -54,7 +54,7 @@ def hub(tmp_path_factory):
     text = folder / "text.txt"
     words = ["king", "queen", "sea", "crown", "loud", "walk", "by", "the", "and", "is"]
     generator = torch.Generator().manual_seed(0)
-    with open(text, "w") as file:
+    with open(text, "w", encoding="utf-8") as file:
         for _ in range(400):
             some = torch.randint(len(words), (12,), generator=generator)
             file.write(" ".join(words[i] for i in some) + ".\n\n")
@@ -179,11 +179,11 @@ def test_what_is_no_model_is_one_line_and_leaves_no_folder(hub, tmp_path, capsys
 
 def test_no_code_in_a_folder_is_run(hub, tmp_path, capsys):
     folder = shutil.copytree(hub, tmp_path / "hostile")
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     classes = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
     config |= {"model_type": "evil", "auto_map": classes}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')", encoding="utf-8")
     flags = ["--model", str(folder), "--data", str(hub / "text.txt")]
     assert "could not be read" in refusal(train_text, *flags, capsys=capsys)
     assert not (tmp_path / "ran").exists()

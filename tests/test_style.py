@@ -49,7 +49,7 @@ def test_code_is_not_dense():
     tokens = {}
     lines = {}
     for path in FILES:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         tokens[path] = n_tokens(text)
         lines[path] = text.splitlines()
         assert len(lines[path]) <= 400, path
@@ -66,11 +66,29 @@ def test_code_is_not_dense():
 @pytest.mark.parametrize("folder", ["minicode", "tests"])
 def test_lines_and_functions_are_short(folder):
     for path in sorted((ROOT / folder).rglob("*.py")):
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         assert all(len(line) <= 100 for line in text.splitlines()), path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 50, (path, node.name)
+
+
+def names_its_encoding(call):
+    """Whether a call that opens text says how it is written; the locale's way is another's."""
+    name = getattr(call.func, "attr", getattr(call.func, "id", None))
+    given = {keyword.arg for keyword in call.keywords}
+    if name == "open" and isinstance(call.func, ast.Name):
+        mode = call.args[1].value if len(call.args) > 1 else "r"
+        return "b" in mode or "encoding" in given
+    return "encoding" in given if name in ("read_text", "write_text") else "text" not in given
+
+
+def test_every_text_file_names_its_encoding():
+    tests = (ROOT / "tests").rglob("*.py")
+    for path in [*FILES, *tests, ROOT / "setup.py"]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                assert names_its_encoding(node), (path, node.lineno)
 
 
 def module(path):
@@ -82,7 +100,7 @@ def imports(path):
     """The modules of minicode that a file imports, wherever in it."""
     names = {module(other) for other in FILES}
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "minicode":
             package = node.module.removeprefix("minicode").removeprefix(".")
             for alias in node.names:
@@ -108,5 +126,5 @@ def test_imports_form_a_graph_without_circles_from_the_method_to_the_commands():
 
 def test_commands_are_a_screen_long():
     for name in COMMANDS:
-        text = (ROOT / "minicode" / f"{name}.py").read_text()
+        text = (ROOT / "minicode" / f"{name}.py").read_text(encoding="utf-8")
         assert len(text.splitlines()) <= 140, name

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import RUN_FILES, TINY, read_metrics
+from test_train import refusal
 
 from minicode import Codebook, load_run
 from minicode import train as training
@@ -56,7 +57,7 @@ def in_child(function, log):
     pid = os.fork()
     if pid == 0:
         status = 99
-        with open(log, "w", buffering=1) as file:
+        with open(log, "w", buffering=1, encoding="utf-8") as file:
             sys.stdout = file
             sys.stderr = file
             try:
@@ -162,7 +163,7 @@ def test_a_full_disk_stops_the_run_with_one_line_and_leaves_the_checkpoint(small
         return train_fsm(["--out", str(folder), *SMALL])
 
     assert in_child(train, tmp_path / "log") == 1
-    log = (tmp_path / "log").read_text()
+    log = (tmp_path / "log").read_text(encoding="utf-8")
     wrong = f"{folder / 'train_state.pt'} could not be written: File too large"
     assert log.splitlines()[-1] == f"python -m minicode.train_fsm: error: {wrong}"
     assert "Traceback" not in log
@@ -189,16 +190,59 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path, monkeypatch, capsys
     assert weights(tmp_path / "run", "train_state.pt")["step"] == 8
 
 
-def test_a_gpu_that_is_full_is_one_line(tmp_path, monkeypatch, capsys):
+FULL = "CUDA out of memory. Tried to allocate 9 GiB."
+ON_CPU = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+FULL_MEMORY = [
+    (torch.OutOfMemoryError(FULL), FULL),
+    (RuntimeError(ON_CPU), ON_CPU),
+    (MemoryError(), "there is not enough memory"),
+]
+
+
+@pytest.mark.parametrize("error, words", FULL_MEMORY)
+def test_a_memory_that_is_full_is_one_line(error, words, tmp_path, monkeypatch, capsys):
     def fills(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+        raise error
 
     monkeypatch.setattr(training, "train_step", fills)
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(SystemExit) as exit:
         train_fsm(["--out", str(tmp_path / "run"), *SMALL])
-    assert error.value.code == 1
-    last = "error: CUDA out of memory. Tried to allocate 9 GiB.\n"
-    assert capsys.readouterr().err.endswith(last)
+    assert exit.value.code == 1
+    assert capsys.readouterr().err.endswith(f"error: {words}\n")
+
+
+def test_another_error_is_not_taken_for_a_full_memory(tmp_path, monkeypatch):
+    def breaks(*args):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(training, "train_step", breaks)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        train_fsm(["--out", str(tmp_path / "run"), *SMALL])
+
+
+def test_a_folder_belongs_to_one_training_until_that_ends(tmp_path, capsys):
+    """However it ends: here it is killed."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "minicode.train_fsm", "--out", str(folder), *SMALL]
+    long = ["--steps", "1000000", "--dense-share", "0.9"]
+    with subprocess.Popen([*command, *long], stdout=subprocess.PIPE) as process:
+        while not process.stdout.readline().startswith(b"step     4 "):
+            assert process.poll() is None
+        config = (folder / "config.json").read_bytes()
+        for flags in (["--overwrite"], ["--resume", *long]):
+            line = refusal(train_fsm, "--out", folder, *SMALL, *flags, capsys=capsys)
+            assert line.endswith(f"another process is training in {folder}")
+        assert load_run(folder).config.steps == 1000000  # to read it is free
+        process.kill()
+    assert (folder / "config.json").read_bytes() == config
+    assert train_fsm(["--out", str(folder), *SMALL, "--overwrite"]) == 0
+    assert load_run(folder).summary["step"] == load_run(folder).config.steps == 12
+
+
+def test_a_training_that_is_refused_leaves_no_folder(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert "k must be" in refusal(train_fsm, "--out", folder, *SMALL, "--k", 99, capsys=capsys)
+    assert not folder.exists()
 
 
 # -- several processes
@@ -262,12 +306,14 @@ train.train(open_session("dies"))
 def job(tiny_run, tmp_path_factory):
     """What two processes left that torchrun started: their folder, and how they ended."""
     folder = tmp_path_factory.mktemp("job")
-    (folder / "worker.py").write_text(WORKER)
+    (folder / "worker.py").write_text(WORKER, encoding="utf-8")
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     settings = repr(vars(load_run(tiny_run).config))
     command = [*start, str(folder / "worker.py"), str(folder), settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    result = subprocess.run(
+        command, capture_output=True, encoding="utf-8", env=environment, timeout=120
+    )
     assert (folder / "rank0.pt").exists(), result.stderr
     return folder, result
 
@@ -303,14 +349,14 @@ def test_a_process_that_dies_ends_the_job(job):
 
 def change_json(name, **changes):
     def damage(folder):
-        data = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps({**data, **changes}))
+        data = json.loads((folder / name).read_text(encoding="utf-8"))
+        (folder / name).write_text(json.dumps({**data, **changes}), encoding="utf-8")
 
     return damage
 
 
 def change_text(name, text):
-    return lambda folder: (folder / name).write_text(text)
+    return lambda folder: (folder / name).write_text(text, encoding="utf-8")
 
 
 def change_weights(name, change):

@@ -1,6 +1,7 @@
 """Language: the tokenizer, the stories and their ground truth, one's own text, runs on both."""
 
 import json
+import os
 import re
 from collections import Counter
 
@@ -63,7 +64,7 @@ def own_file(tmp_path_factory):
     """A text of 60 stories; the first 4 stand once more at its end, among those held out."""
     lines = [story_of(number) for number in range(60)]
     path = tmp_path_factory.mktemp("own") / "own.txt"
-    path.write_text("\n\n".join(lines + lines[:4]) + "\n")
+    path.write_text("\n\n".join(lines + lines[:4]) + "\n", encoding="utf-8")
     return path
 
 
@@ -233,7 +234,7 @@ def test_own_text_is_split_and_repeats_do_not_leak(own_file, tmp_path):
     own, train, held_out = text_in(tmp_path / "run", own_file)
     assert own.vocab_size == 500
     assert own.n_tokens == [len(train), len(held_out)]
-    stories_in_file = own_file.read_text().strip().split("\n\n")
+    stories_in_file = own_file.read_text(encoding="utf-8").strip().split("\n\n")
     text = own.tokenizer.decode(train)
     rest = own.tokenizer.decode(held_out)
     # The four that are repeated are nowhere twice.
@@ -290,10 +291,10 @@ def test_a_folder_is_its_files(own_file, tmp_path):
     (folder / ".git" / "index").write_bytes(b"\0")
     (folder / ".hidden").write_bytes(b"\0")
     (folder / "empty").write_bytes(b"")
-    text = own_file.read_text()
+    text = own_file.read_text(encoding="utf-8")
     half = len(text) // 2
-    (folder / "a.txt").write_text(text[:half])
-    (folder / "b.md").write_text(text[half:])
+    (folder / "a.txt").write_text(text[:half], encoding="utf-8")
+    (folder / "b.md").write_text(text[half:], encoding="utf-8")
     one = text_in(tmp_path / "x", folder)
     assert one == text_in(tmp_path / "y", folder / "a.txt", folder / "b.md")
     assert one[0] != Text([str(folder / "a.txt")], 500)
@@ -311,6 +312,22 @@ BAD_TEXT = [
     (b"abc \n\n" * 2000 + b"\xff\xfe", "is not UTF-8: byte 0xff at offset 12000"),
     ("UTF-16".encode("utf-16"), "is not UTF-8: byte 0xff at offset 0 (invalid start byte)"),
 ]
+
+
+def test_a_pipe_is_refused_as_one(tmp_path, capsys):
+    """As in --data <(cat file): what is read twice can't be read from it."""
+    reader, writer = os.pipe()
+    line = refusal(
+        train_text, "--out", tmp_path / "run", "--data", f"/dev/fd/{reader}", capsys=capsys
+    )
+    assert f"/dev/fd/{reader} is a pipe or a device" in line
+    os.close(reader)
+    os.close(writer)
+
+
+def test_standard_input_is_read_where_it_is_a_file(own_file):
+    with open(own_file, "rb") as file:
+        assert Text(data=[f"/dev/fd/{file.fileno()}"]) == Text(data=[str(own_file)])
 
 
 @pytest.mark.parametrize("content, words", BAD_TEXT)
@@ -372,7 +389,9 @@ def test_resumed_run_ends_as_the_unbroken_one(own_file, tmp_path, monkeypatch, c
 def test_changed_text_is_another_run(own_file, tmp_path, capsys):
     folder = train(tmp_path / "run", "--data", own_file, *OWN, "--steps", "2")
     changed = tmp_path / "changed.txt"
-    changed.write_text(own_file.read_text().replace("dragon", "lizard"))
+    changed.write_text(
+        own_file.read_text(encoding="utf-8").replace("dragon", "lizard"), encoding="utf-8"
+    )
     flags = ["--out", folder, *TINY, "--data", changed, *OWN, "--steps", "2", "--resume"]
     line = refusal(train_text, *flags, capsys=capsys)
     assert "its data" in line or "vocab_size" in line
@@ -395,10 +414,12 @@ def test_a_run_needs_its_text_no_more(own_file, tmp_path, capsys):
     file.unlink()
     assert "tokens.bin is damaged" in refusal(sample, "--run", folder, capsys=capsys)
     file.write_bytes(tokens)
-    saved = json.loads((folder / "text.json").read_text())
+    saved = json.loads((folder / "text.json").read_text(encoding="utf-8"))
     n_train, n_held_out = saved["n_tokens"]
     for n_tokens in ([7], [7, -1], [n_train, n_held_out + 1], [float(n_train), n_held_out]):
-        (folder / "text.json").write_text(json.dumps({**saved, "n_tokens": n_tokens}))
+        (folder / "text.json").write_text(
+            json.dumps({**saved, "n_tokens": n_tokens}), encoding="utf-8"
+        )
         assert "tokens.bin is damaged" in refusal(sample, "--run", folder, capsys=capsys)
 
 
@@ -444,7 +465,7 @@ def test_bad_flags_end_in_one_line(flags, words, tmp_path, capsys):
 
 
 def test_damaged_text_json_is_refused(story_run, tmp_path, capsys):
-    saved = json.loads((story_run / "text.json").read_text())
+    saved = json.loads((story_run / "text.json").read_text(encoding="utf-8"))
     for name in ("config.json", "model.pt"):
         (tmp_path / name).write_bytes((story_run / name).read_bytes())
     for damage in (
@@ -459,5 +480,5 @@ def test_damaged_text_json_is_refused(story_run, tmp_path, capsys):
         {"n_tokens": ["7", 1]},
         {"loss_unigram": "7"},
     ):
-        (tmp_path / "text.json").write_text(json.dumps({**saved, **damage}))
+        (tmp_path / "text.json").write_text(json.dumps({**saved, **damage}), encoding="utf-8")
         assert "text.json is damaged" in refusal(sample, "--run", tmp_path, capsys=capsys)

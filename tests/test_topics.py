@@ -44,7 +44,7 @@ def own_run(tmp_path_factory):
         for i in range(60)
         for word in ("yes", "no", "maybe", "hello", "never")
     ]
-    (folder / "text.txt").write_text("\n\n".join(documents))
+    (folder / "text.txt").write_text("\n\n".join(documents), encoding="utf-8")
     return train(folder / "run", "--data", folder / "text.txt", "--steps", "20")
 
 
@@ -206,11 +206,11 @@ def test_chosen_codes_are_kept_with_the_run(stories_run, tmp_path, monkeypatch):
     assert codes(0.5) == ["head.0.0.2"]
     assert codes(0.5) == ["head.0.0.2"]
     path = folder / topics.CHOICES
-    kept = json.loads(path.read_text())
-    path.write_text(json.dumps({**kept, "stamp": 0}))  # of another model
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**kept, "stamp": 0}), encoding="utf-8")  # of another model
     assert codes(0.5) == ["head.0.0.3"]
     for damaged in (5, "abc", [5], [["a"]], ["head.0.0.1@0"], ["mlp.9.4"], None, {"head.0.0.1": 1}):
-        path.write_text(json.dumps({**kept, "codes": {"topic:dog 0.5": damaged}}))
+        path.write_text(json.dumps({**kept, "codes": {"topic:dog 0.5": damaged}}), encoding="utf-8")
         with pytest.raises(ValueError, match="steering.json is damaged"):
             codes(0.5)
     train(folder, "--overwrite", "--steps", "2")
@@ -293,7 +293,7 @@ def interpreted_run(stories_run, tmp_path_factory):
         patch.setattr(topics, "N_CANDIDATES", 3)
         patch.setattr(topics, "MOST", 2)
         interpret(["--run", str(folder)])
-    return folder, json.loads((folder / "interpret.json").read_text())["steering"]
+    return folder, json.loads((folder / "interpret.json").read_text(encoding="utf-8"))["steering"]
 
 
 def test_steering_table_is_kept_with_the_run(interpreted_run):
@@ -304,7 +304,7 @@ def test_steering_table_is_kept_with_the_run(interpreted_run):
     assert table["budget"] == topics.BUDGET
     shares = {*steering.WAYS, "in_data"}
     prices = {f"perplexity_{way}" for way in steering.WAYS}
-    kept = json.loads((folder / topics.CHOICES).read_text())
+    kept = json.loads((folder / topics.CHOICES).read_text(encoding="utf-8"))
     for name, row in rows.items():
         assert row.keys() == {*shares, *prices, "codes"}
         assert kept["codes"][f"topic:{name} {topics.BUDGET:g}"] == row["codes"]
@@ -374,7 +374,7 @@ def test_own_text_is_interpreted_by_its_words(own_run, capsys):
     assert "steering" not in result
     assert "purity" not in result
     assert result["best_codes"][0]["kind"] == "word"
-    page = (own_run / "report.html").read_text()
+    page = (own_run / "report.html").read_text(encoding="utf-8")
     data = page.split("application/json")[1].split("</script>")[0]
     assert "<script>" not in data
 
@@ -405,7 +405,7 @@ def test_own_text_is_steered_by_its_words(own_run, quick, capsys):
 
 def test_text_in_bytes_is_found_and_shown(tmp_path, capsys):
     documents = [f"\u5929\u6c14 na\u00efve{i} \u597d" for i in range(400)]
-    (tmp_path / "text.txt").write_text("\n\n".join(documents))
+    (tmp_path / "text.txt").write_text("\n\n".join(documents), encoding="utf-8")
     data = ["--data", tmp_path / "text.txt"]
     folder = train(tmp_path / "run", *data, "--steps", "4", "--vocab", "257")
     run = load_run(folder)

@@ -208,7 +208,9 @@ def test_resumed_run_ends_as_the_unbroken_one(stop_at, tiny_run, tmp_path, monke
     with pytest.raises(KeyError, match="killed"):
         train(folder)
     monkeypatch.undo()
-    (folder / "metrics.jsonl").write_text("{]\n")  # is made anew from the checkpoint
+    (folder / "metrics.jsonl").write_text(
+        "{]\n", encoding="utf-8"
+    )  # is made anew from the checkpoint
     assert same(train(folder, "--resume"), torch.load(tiny_run / "model.pt", weights_only=True))
     assert (folder / "metrics.jsonl").read_bytes() == (tiny_run / "metrics.jsonl").read_bytes()
 
@@ -221,7 +223,7 @@ def test_ctrl_c_leaves_a_run_that_resumes(tmp_path):
         [*command, "--steps", "4000"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     while not process.stdout.readline().startswith("step    30 "):
@@ -287,6 +289,7 @@ def test_existing_runs_are_never_lost(tiny_run, tmp_path, capsys):
     assert "its data" in refused("--resume", "--n-edges", 2)
     assert "k must be from 1" in refused("--overwrite", "--k", 99)
     assert "not allowed with argument" in refused("--resume", "--overwrite")
+    assert "there is no room" in refused("--overwrite", "--batch-size", 10**11)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     # Done already: it shows its figures again.
     assert train_fsm(["--out", str(folder), *TINY, "--resume"]) == 0
@@ -297,7 +300,7 @@ def test_other_folders_are_left_alone(tmp_path, capsys):
         return refusal(train_fsm, "--out", tmp_path / name, flag, capsys=capsys)
 
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "thesis.tex").write_text("years of work")
+    (tmp_path / "other" / "thesis.tex").write_text("years of work", encoding="utf-8")
     assert "is not empty, and not a run" in refused("other", "--overwrite")
     assert "no run in" in refused("none", "--resume")
     assert not (tmp_path / "none").exists()
@@ -331,7 +334,9 @@ def told(tmp_path_factory):
     """What a short run prints where there is no terminal: (stdout, stderr)."""
     folder = tmp_path_factory.mktemp("told") / "run"
     command = [sys.executable, "-m", "minicode.train_fsm", "--out", str(folder), *TINY]
-    result = subprocess.run([*command, *SHORT, "--steps", "40"], capture_output=True, text=True)
+    result = subprocess.run(
+        [*command, *SHORT, "--steps", "40"], capture_output=True, encoding="utf-8"
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout, result.stderr
 
@@ -391,6 +396,7 @@ def test_only_rank_0_speaks(monkeypatch, capsys):
         ("--device warp", "device must be cpu, cuda or auto, not 'warp'"),
         ("--device cuda:99", "device 'cuda:99' can't be used here"),
         ("--n-codes 1000000000000", "there is no room for this model"),
+        ("--batch-size 100000000000", "there is no room for this model, or its batches"),
         (f"--seed {2**63}", "seed must be below 9223372036854775808"),
         ("--block-size 3", "block_size (3) must be at least 4 here"),
         ("--lr fast", "--lr: invalid float value: 'fast'"),
@@ -402,6 +408,17 @@ def test_bad_settings_end_in_one_line(flags, words, tmp_path, capsys):
     folder = tmp_path / "run"
     assert words in refusal(train_fsm, "--out", folder, *TINY, *flags.split(), capsys=capsys)
     assert not folder.exists()
+
+
+def test_a_name_that_is_no_utf8_is_said_to_be_no_more_than_that(tiny_run, tmp_path, capsys):
+    folder = tmp_path / os.fsdecode(b"run\xff")
+    line = refusal(train_fsm, "--out", folder, *TINY, capsys=capsys)
+    assert "has a name that is not UTF-8" in line
+    assert not folder.exists()
+    shutil.copytree(tiny_run, folder)
+    line = refusal(sample, "--run", folder, capsys=capsys)
+    assert "has a name that is not UTF-8" in line
+    assert "damaged" not in line
 
 
 def test_a_batch_that_processes_can_not_share_is_refused(tmp_path, capsys, monkeypatch):
@@ -422,8 +439,8 @@ def truncate(folder):
 
 def change_config(**changes):
     def damage(folder):
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (folder / "config.json").write_text(json.dumps({**config, **changes}), encoding="utf-8")
 
     return damage
 
@@ -449,7 +466,7 @@ DAMAGE = {
     ),
     "other version": (change_config(version=3), "another version of minicode"),
     "half a file": (
-        lambda folder: (folder / "fsm.json").write_text('{"n_states": 16'),
+        lambda folder: (folder / "fsm.json").write_text('{"n_states": 16', encoding="utf-8"),
         "fsm.json is damaged",
     ),
     "missing": (lambda folder: (folder / "model.pt").unlink(), "has no checkpoint yet"),

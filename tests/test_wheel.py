@@ -37,7 +37,7 @@ def unpacked(tmp_path_factory):
     command = [sys.executable, "-m", "pip", "wheel", copy, "--no-deps", "--wheel-dir", folder]
     if can_build_wheels():
         command.append("--no-build-isolation")
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert result.returncode == 0, result.stderr
     (wheel,) = folder.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
@@ -83,7 +83,7 @@ def test_every_command_runs_from_it_and_its_search_is_the_clones(unpacked, tmp_p
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", RUN, *COMMANDS],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         env={**os.environ, "PYTHONPATH": str(unpacked)},
         cwd=tmp_path,
     )

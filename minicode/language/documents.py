@@ -50,6 +50,8 @@ def list_files(paths):
     for path in map(Path, paths):
         if not path.exists():
             raise ValueError(f"there is no file or folder {path}")
+        if not path.is_file() and not path.is_dir():
+            raise ValueError(f"{path} is a pipe or a device: save its text in a file, read twice")
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             parts = file.relative_to(path).parts
             hidden = any(part.startswith(".") for part in parts)

@@ -19,7 +19,7 @@ class Stories:
     """The grammar in stories.txt: an endless list of stories, each known by its number."""
 
     def __init__(self):
-        grammar = Path(__file__).with_name("stories.txt").read_text()
+        grammar = Path(__file__).with_name("stories.txt").read_text(encoding="utf-8")
         self.moods = []  # lines and ends of each
         self.topics = {}  # of each its words, beginnings, lines and ends
         self.mention = {}  # of each topic the pattern that mentions it

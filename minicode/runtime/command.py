@@ -1,14 +1,18 @@
 """A training command, from its flags to the table at its end."""
 
+import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 from minicode.runtime import processes
+from minicode.runtime.files import owned
 from minicode.runtime.options import Parser, add_flags, given
 from minicode.runtime.runs import TrainConfig, load_run
-from minicode.runtime.session import open_session
+from minicode.runtime.session import check_sizes, open_session
+from minicode.runtime.streams import handled, outlive
 from minicode.train import train
 
 
@@ -63,31 +67,45 @@ def flags(name, about, kind, presets, out):
     return parser
 
 
+def configure(args, data, presets):
+    """The configuration that flags and data ask for. ValueError where they don't go together."""
+    kind = type(data)
+    preset = "pretrained" if data.model and args.preset == "default" else args.preset
+    settings = presets["default"] | presets[preset] | given(args, TrainConfig)
+    asked = {**given(args, kind), **given(args, TrainConfig)}
+    sizes = data.sizes()
+    if data.model:
+        for name in asked.keys() & {*sizes, "vocab"}:
+            raise ValueError(f"{name} doesn't go with a pretrained model, which has its own")
+        if Path(data.model).resolve() in (args.out.resolve(), *args.out.resolve().parents):
+            raise ValueError(f"--out {args.out} is in the folder of the model itself")
+    config = TrainConfig(**settings | sizes)
+    check_sizes(config, data)
+    return config
+
+
 def command(argv, name, about, kind, presets, out, compare):
     """Runs a training command; returns its exit status. compare(run): the table at its end."""
     parser = flags(name, about, kind, presets, out)
-    with parser.user_errors():
-        processes.join()
-        args = parser.parse_args(argv)
-        data = kind(**given(args, kind))
-        preset = "pretrained" if data.model and args.preset == "default" else args.preset
-        settings = presets["default"] | presets[preset] | given(args, TrainConfig)
-        asked = {**given(args, kind), **given(args, TrainConfig)}
-        sizes = data.sizes()
-        if data.model:
-            for name in asked.keys() & {*sizes, "vocab"}:
-                raise ValueError(f"{name} doesn't go with a pretrained model, which has its own")
-            if Path(data.model).resolve() in (args.out.resolve(), *args.out.resolve().parents):
-                raise ValueError(f"--out {args.out} is in the folder of the model itself")
-        config = TrainConfig(**settings | sizes)
-        session = open_session(config, data, args.out, args.resume, args.overwrite)
+    with outlive(), ExitStack() as held:
+        with parser.user_errors():
+            processes.join()
+            args = parser.parse_args(argv)
+            data = kind(**given(args, kind))
+            config = configure(args, data, presets)
+            processes.first(held.enter_context, owned(args.out))
+            session = open_session(config, data, args.out, args.resume, args.overwrite)
+        with parser.user_errors((FloatingPointError, OSError), status=1):
+            return run_to_the_end(session, compare)
+
+
+def run_to_the_end(session, compare):
+    """Trains, and says how it went; returns the command's exit status."""
     first = processes.rank() == 0
     if first:
-        print(f"{data}; codebooks at {', '.join(config.sites()) or 'no site'}", flush=True)
-    try:
-        summary = train(session)
-    except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
+        sites = ", ".join(session.config.sites())
+        print(f"{session.data}; codebooks at {sites or 'no site'}", flush=True)
+    summary = train(session)
     processes.leave()
     if summary is None:
         goes_on = "the same command, with --resume and not --overwrite, continues it"
@@ -95,9 +113,10 @@ def command(argv, name, about, kind, presets, out, compare):
             print(f"\nstopped; {goes_on}", file=sys.stderr)
         return 130
     if first:
-        run = load_run(args.out)
+        run = load_run(session.folder)
         try:
-            print(report(run, compare(run)))
+            with handled(signal.default_int_handler, "SIGINT"):
+                print(report(run, compare(run)))
         except KeyboardInterrupt:
             print("\nstopped: --resume makes the table", file=sys.stderr)
             return 130

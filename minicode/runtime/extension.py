@@ -185,7 +185,7 @@ def _key(tools, sources):
     parts += [tools, _output(*cxx, "--version")]
     if tools.nvcc:
         parts.append(_output(shlex.split(tools.nvcc)[0], "--version"))
-    parts += [path.read_text() for path in sources]
+    parts += [path.read_text(encoding="utf-8") for path in sources]
     text = "\0".join(map(str, parts))
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
@@ -193,7 +193,9 @@ def _key(tools, sources):
 def _output(*command):
     """What a command prints, or nothing if it fails."""
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        result = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=60
+        )
     except OSError:
         return ""
     return result.stdout if result.returncode == 0 else ""
@@ -210,9 +212,9 @@ def _build(folder, tools, sources):
         raise RuntimeError("there is no ninja (pip install ninja)") from None
     for path in sources:
         shutil.copy(path, folder)
-    (folder / "build.ninja").write_text(_rules(tools, sources))
+    (folder / "build.ninja").write_text(_rules(tools, sources), encoding="utf-8")
     command = [f"{BIN_DIR}/ninja", "-C", folder]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if result.returncode:
         lines = (result.stdout + result.stderr).splitlines()
         # What ninja says itself, and the commands that it repeats, say nothing.

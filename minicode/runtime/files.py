@@ -6,9 +6,50 @@ import math
 import os
 import warnings
 import zipfile
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
+
+@contextmanager
+def owned(folder):
+    """A folder, made if need be, that is this process's alone within the block.
+
+    The lock ends with the process, however that ends.
+    """
+    check_name(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        if fcntl:
+            number = os.open(folder, os.O_RDONLY)
+            held.callback(os.close, number)
+            lock(number, folder)
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # nothing came of it, if it is empty
+                folder.rmdir()
+
+
+def lock(number, folder):
+    """ValueError where another process has the lock of a folder that is open as `number`."""
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process is training in {folder}") from None
+    except OSError:  # this file system has no locks
+        pass
+
+
+def check_name(folder):
+    """ValueError for a name that torch can't open."""
+    with reading(ascii(str(folder)), "has a name that is not UTF-8"):
+        str(folder).encode()
 
 
 @contextmanager
@@ -81,7 +122,7 @@ def check_tensors(tensors, expected):
 def read_json(path, build):
     """build(data) of a JSON file; anything wrong with it is a ValueError that names the file."""
     with reading(path):
-        return build(json.loads(path.read_text()))
+        return build(json.loads(path.read_bytes()))
 
 
 def figures(data):

@@ -75,12 +75,16 @@ class Parser(argparse.ArgumentParser):
     def exit(self, status=0, message=None):
         super().exit(status, message if processes.rank() == 0 else None)
 
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+    def error(self, message, status=2):
+        self.exit(status, f"{self.prog}: error: {' '.join(message.split())}\n")
 
     @contextmanager
-    def user_errors(self):
+    def user_errors(self, kinds=(ValueError, OSError), status=2):
+        """Errors of these kinds, or a memory that is too small, end the command in one line."""
         try:
             yield
-        except (ValueError, OSError) as error:
-            self.error(str(error))
+        except (*kinds, MemoryError, RuntimeError) as error:
+            text = str(error) or "there is not enough memory"
+            if isinstance(error, RuntimeError) and "alloc" not in text:
+                raise
+            self.error(text, status)

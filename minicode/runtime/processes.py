@@ -14,6 +14,13 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+asked = []  # the signals by which this process was asked to stop
+at_once = False  # whether `check_stop` obeys them
+
+
+class Stopped(Exception):
+    """Some rank was asked to stop while the codebooks started: resuming does that again."""
+
 
 def join():
     """Joins the processes that torchrun started, if it did."""
@@ -79,11 +86,23 @@ def take_from_first(module):
             dist.broadcast(tensor, src=0)
 
 
-def any_rank(stop, device):
-    """Whether any rank is to stop, so that all end at the same step."""
+def stopping(device):
+    """Whether any rank was asked to stop, so that all end at the same step."""
     if ranks() == 1:
-        return stop
-    return add_up(torch.tensor(float(stop), device=device)).item() > 0
+        return bool(asked)
+    return add_up(torch.tensor(len(asked), device=device)).item() > 0
+
+
+def ask(number, frame):
+    """Handles a signal. Several processes have to hear of it at the same point of their work."""
+    asked.append(number)
+    if ranks() == 1:
+        check_stop(device=None)
+
+
+def check_stop(device):
+    if at_once and stopping(device):
+        raise Stopped
 
 
 @contextmanager

@@ -15,7 +15,7 @@ def bar(*what, **how):
 def say(text):
     """A line on stderr where no bar shows."""
     if processes.rank() == 0 and not sys.stderr.isatty():
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=sys.stderr)
 
 
 def show(steps_bar, session, loss):

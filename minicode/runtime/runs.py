@@ -18,7 +18,15 @@ from minicode.language.pretrained import FOLDER as PRETRAINED
 from minicode.language.pretrained import Pretrained
 from minicode.language.text import Text
 from minicode.model import GPT, GPTConfig
-from minicode.runtime.files import check_tensors, figures, read_json, read_tensors, reading, write
+from minicode.runtime.files import (
+    check_name,
+    check_tensors,
+    figures,
+    read_json,
+    read_tensors,
+    reading,
+    write,
+)
 from minicode.runtime.options import option
 
 VERSION = 7  # of the files in a run's folder
@@ -151,7 +159,6 @@ def make_run(folder, config, data, resume=False):
         (folder / name).unlink(missing_ok=True)
     if not resume:
         shutil.rmtree(folder / PRETRAINED, ignore_errors=True)
-    if not resume:
         write(folder / "config.json", json.dumps({"version": VERSION, **vars(config)}, indent=1))
     if not (folder / data.file).exists():
         for name, content in data.files().items():
@@ -235,6 +242,7 @@ def load_run(folder, device="cpu"):
     ValueError if there is none, or a file is damaged.
     """
     folder = Path(folder)
+    check_name(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"there is no run in {folder}: python -m minicode.train_fsm --out {folder} makes one"

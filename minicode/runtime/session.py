@@ -4,6 +4,8 @@ import json
 import math
 import os
 import signal
+import socket
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ from minicode.runtime.files import (
     write_tensors,
 )
 from minicode.runtime.runs import TrainConfig, check_run, make_run
+from minicode.runtime.streams import handled
 
 
 def pick_device(name):
@@ -66,16 +69,27 @@ def make_optimizer(model, config):
 
 @contextmanager
 def stop_signals():
-    """Within the block, Ctrl-C and SIGTERM only put themselves on the list that is yielded."""
-    stop = []
-    old = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        old[number] = signal.signal(number, lambda number, frame: stop.append(number))
-    try:
-        yield stop
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+    """Within the block Ctrl-C and SIGTERM ask this process to stop, and a second one ends it."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    threading.Thread(target=end_at_second, args=[reader], daemon=True).start()
+    before = signal.set_wakeup_fd(writer.fileno())
+    with writer, handled(processes.ask, "SIGINT", "SIGTERM"):
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            processes.asked.clear()
+
+
+def end_at_second(reader):
+    """Reads signals in a thread: the main one hears none before the search that it is in is done.
+
+    Not of several processes, to which torchrun passes on the Ctrl-C that they have had already.
+    """
+    with reader:
+        if reader.recv(1) and reader.recv(1) and processes.ranks() == 1:
+            os._exit(130)
 
 
 @dataclass
@@ -101,7 +115,6 @@ class Session:
 
 def open_session(config, data, folder, resume=False, overwrite=False):
     """A session, new or resumed. A user's mistake is a ValueError, before any file is touched."""
-    check_sizes(config, data)
     with processes.together():
         check_run(folder, config, data, resume, overwrite)
         torch.manual_seed(config.seed)
@@ -109,9 +122,10 @@ def open_session(config, data, folder, resume=False, overwrite=False):
         if processes.rank() == 0:
             extension.load(device.type)  # what it has to say comes before the first step
         try:
+            torch.empty(config.batch_size, config.block_size + 1, dtype=torch.int64)
             model = make_model(config, data).to(device)
         except RuntimeError as error:
-            raise ValueError(f"there is no room for this model: {error}") from None
+            raise ValueError(f"there is no room for this model, or its batches: {error}") from None
         session = Session(config, data, folder, model, make_optimizer(model, config), [])
         use_codebooks(model, session.start_step is None)
         if resume and (folder / "train_state.pt").is_file():

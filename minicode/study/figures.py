@@ -8,7 +8,7 @@ import math
 from html import escape
 from pathlib import Path
 
-STYLE = Path(__file__).with_name("figures.css").read_text()
+STYLE = Path(__file__).with_name("figures.css").read_text(encoding="utf-8")
 WIDTH = 480  # of a chart, in pixels
 LETTER = 7  # the width of one, on average
 
