@@ -4,8 +4,10 @@ import codecs
 import json
 import math
 import re
+from array import array
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -20,6 +22,21 @@ from minicode.runtime.options import check_options, option
 
 N_STORIES = 4000  # that the vocabulary is counted on
 N_WORDS = 200  # frequent words that codes may stand for
+
+
+@cache
+def first_stories():
+    """(text, whether it is held out) of each story that the vocabulary is counted on."""
+    found = []
+    for number in range(N_STORIES):
+        sentences = [sentence for sentence, _ in stories().story(number)]
+        found.append((" ".join(sentences), number % HELD_OUT == 0))
+    return found
+
+
+def documents(paths):
+    """(text, whether it is held out) of each document of the user, or of the first stories."""
+    return read_documents(paths) if paths else first_stories()
 
 
 @dataclass(eq=False)
@@ -61,14 +78,15 @@ class Text:
     def __post_init__(self):
         check_options(self)
         if self.model:
+            self.pieces = []
             self.tokenizer = PretrainedTokenizer(self.model)
-            if self.n_tokens is None:
-                self._count_tokens()
         else:
             if self.pieces is None:
                 self._count_pieces()
             self.tokenizer = Tokenizer(self.pieces)
         self.vocab_size = self.tokenizer.vocab_size
+        if self.n_tokens is None:
+            self._read()
         self.vocabulary = [self.show([0, token]) for token in range(self.vocab_size)]
         self.most_block = min(*self.n_tokens, self.tokenizer.most_tokens) - 1
         self.topics = [] if self.data else list(stories().topics)
@@ -91,56 +109,31 @@ class Text:
 
     # -- read once, before the training
 
-    def _documents(self):
-        """(text, whether it is held out) of each document of the user, or of the first stories."""
-        if self.data:
-            yield from read_documents(self.data)
-            return
-        for number in range(N_STORIES):
-            sentences = [sentence for sentence, _ in stories().story(number)]
-            yield " ".join(sentences), number % HELD_OUT == 0
-
     def _count_pieces(self):
-        """The vocabulary, by frequency in the part to train on, and the figures that follow."""
-        counts = Counter(), Counter()  # of pieces, to train on and held out
-        n_documents = [0, 0]
-        for text, held_out in self._documents():
-            counts[held_out].update(PIECES.findall(text))
-            n_documents[held_out] += 1
-
+        """The vocabulary, by frequency in the part to train on."""
+        counts = Counter()
+        for text, held_out in documents(self.data):
+            if not held_out:
+                counts.update(PIECES.findall(text))
         frequent = [
-            (-n, piece) for piece, n in counts[0].items() if n > 1 and len(to_bytes(piece)) > 1
+            (-n, piece) for piece, n in counts.items() if n > 1 and len(to_bytes(piece)) > 1
         ]
         n_pieces = self.vocab - SEPARATOR - 1
         self.pieces = [piece for _, piece in sorted(frequent)[:n_pieces]]
 
-        tokenizer = Tokenizer(self.pieces)
-        used = np.zeros((2, tokenizer.vocab_size), int)
-        used[:, SEPARATOR] = n_documents
-        for row, count in zip(used, counts):
-            for piece, n in count.items():
-                np.add.at(row, tokenizer.encode(piece), n)
-        self._measure(used)
-
-    def _count_tokens(self):
-        """The figures of a text that a pretrained model's tokenizer reads."""
-        self.pieces = []
-        used = np.zeros((2, self.tokenizer.vocab_size), int)
-        for text, held_out in self._documents():
-            tokens = [*self.tokenizer.encode(text), self.tokenizer.separator]
-            used[int(held_out)] += np.bincount(tokens, minlength=used.shape[1])
-        self._measure(used)
-
-    def _measure(self, used):
-        """How many tokens there are, and what is known by their frequency: used (2, vocab_size)."""
-        self.n_tokens = used.sum(1).tolist()
+    def _read(self):
+        """Reads the text as tokens, and what is known by their frequency."""
+        parts = array("I"), array("I")  # to train on, and held out
+        for text, held_out in documents(self.data):
+            parts[held_out].extend([*self.tokenizer.encode(text), self.tokenizer.separator])
+        self.n_tokens = [len(part) for part in parts]
         n_train, n_held_out = self.n_tokens
         if min(self.n_tokens) < 2:
             found = f"{n_train} tokens to train on, {n_held_out} held out"
             raise ValueError(f"too little text: {found}")
-
-        train, held_out = used
-        p = (train + 1) / (n_train + len(train))
+        self.parts = [np.asarray(part) for part in parts]
+        train, held_out = (np.bincount(part, minlength=self.vocab_size) for part in self.parts)
+        p = (train + 1) / (n_train + self.vocab_size)
         self.loss_unigram = float(-(held_out * np.log(p)).sum() / n_held_out)
 
     def sizes(self):
@@ -154,11 +147,7 @@ class Text:
         """What a run's folder keeps: the tokens of the user's own text, and all else as JSON."""
         files = small_files(self.model) if self.model else {}
         if self.data:
-            documents = []
-            for text, _ in self._documents():
-                tokens = [*self.tokenizer.encode(text), self.tokenizer.separator]
-                documents.append(np.array(tokens, self._type()))
-            files[self.tokens_file] = np.concatenate(documents)
+            files[self.tokens_file] = np.concatenate(self.parts).astype(self._type())
         return {**files, self.file: json.dumps(asdict(self))}
 
     def _type(self):
