@@ -11,6 +11,7 @@ from functools import cache
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 
 from minicode.language.documents import HELD_OUT, read_documents
 from minicode.language.pretrained import FOLDER as PRETRAINED
@@ -186,10 +187,10 @@ class Text:
 
     def passages(self, n, length):
         """Evenly spaced windows (n, length) of the user's held-out text, fewer if it is short."""
-        part = self.parts[1]
-        n = min(n, len(part) // length)
-        starts = np.linspace(0, len(part) - length, n).astype(int)
-        return part[starts[:, None] + np.arange(length)].astype(np.int64)
+        windows = sliding_window_view(self.parts[1], length)
+        n = min(n, len(self.parts[1]) // length)
+        starts = np.linspace(0, len(windows) - 1, n).astype(int)
+        return windows[starts].astype(np.int64)
 
     def labelled(self, rng, n, length):
         """Held-out windows (n, length), and {kind: (labels (n, length), names)}, -1 for no label.
@@ -218,9 +219,8 @@ class Text:
     def _windows(self, rng, n, length, held_out):
         """Windows, and the topic at each position (None for the user's own text): (n, length)."""
         if self.data:
-            part = self.parts[held_out]
-            starts = rng.integers(len(part) - length + 1, size=(n, 1))
-            return part[starts + np.arange(length)].astype(np.int64), None
+            windows = sliding_window_view(self.parts[held_out], length)
+            return windows[rng.integers(len(windows), size=n)].astype(np.int64), None
         tokens = []  # one story after the other: a window goes on where the last one ended
         labels = []
         while len(tokens) < n * length:

@@ -122,8 +122,7 @@ def _sources():
 
 def _key(compiler, cuda, sources):
     """Stands for everything that the binary depends on: another of any, another key."""
-    options = _output(compiler, "-march=native", "-Q", "--help=target")
-    cpu = options or _output("grep", "-m1", "^flags", "/proc/cpuinfo")
+    cpu = _output("grep", "-Em1", "^(flags|Features)", "/proc/cpuinfo")
     parts = [torch.__version__, torch.version.cuda, sys.version, platform.machine(), cpu]
     parts += [FLAGS, CUDA_FLAGS, _output(compiler, "--version"), cuda]
     if cuda:
@@ -192,15 +191,15 @@ def _rules(compiler, cuda, sources):
 def _register_fakes():
     """Tells torch.compile the shapes of what the operators return."""
 
-    def topk(x, codes, k, similarity, coarse):
+    def topk(x, codes, k, *how):
         scores = x.new_empty(*x.shape[:2], k)
         return scores, scores.long()
 
     def topk_cuda(x, codes, scale, offset, k, coarse):
-        return topk(x, codes, k, None, coarse)
+        return topk(x, codes, k)
 
     def pursue(scores, offset, change, k):
-        return topk(scores, change, k, None, None)
+        return topk(scores, change, k)
 
     torch.library.register_fake("minicode_native::topk", topk)
     torch.library.register_fake("minicode_native::pursue", pursue)

@@ -43,10 +43,10 @@ class Recording:
         self.names = []
         first = []  # for each column, the number of its code 0
         for site, codebook in codebooks(self.model).items():
-            for group in range(codebook.groups if codebook.enabled else 0):
-                self.columns += [(site, group)] * codebook.k
-                first += [len(self.names) + group * codebook.n_codes] * codebook.k
             if codebook.enabled:
+                for group in range(codebook.groups):
+                    self.columns += [(site, group)] * codebook.k
+                    first += [len(self.names) + group * codebook.n_codes] * codebook.k
                 self.names += codes_of(site, codebook)
         n_codes = len(self.names)
         codes = codes.reshape(-1, len(first))
@@ -147,10 +147,10 @@ def best_labels(recording, kinds):
     return best
 
 
-def detect_in_parts(recording, labels, names, size=32):
-    """`detect` for so many labels at a time: yields their names, and Detectors."""
-    for first in range(0, len(names), size):
-        part = names[first : first + size]
+def detect_in_parts(recording, labels, names):
+    """`detect` for 32 labels at a time: yields their names, and Detectors."""
+    for first in range(0, len(names), 32):
+        part = names[first : first + 32]
         there = (labels >= first) & (labels < first + len(part))
         yield part, detect(recording, np.where(there, labels - first, -1), part)
 

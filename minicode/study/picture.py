@@ -40,15 +40,9 @@ def picture(run, recording, kinds, path):
     in_common = fsm.transition_matrix @ fsm.transition_matrix[a]
     b = in_common.argmin()
     generator = torch.Generator(run.model.device).manual_seed(0)
-    copy = copy_codes(run.model, run.sites())
-    edits = []
 
-    def intervene(tokens, b_run):
-        edits.append(copy(tokens, b_run))
-        return edits[-1]
-
-    def go_on(tokens):
-        """The sequence to its end, with its codes, under the edits so far."""
+    def go_on(tokens, edits=()):
+        """The sequence to its end, with its codes, under these edits."""
         n_new = 1 + n_states * fsm.digits - tokens.shape[1]
         with ExitStack() as stack:
             for edit in edits:
@@ -58,9 +52,10 @@ def picture(run, recording, kinds, path):
 
     sheet = Sheet(fsm, recording, best_labels(recording, kinds), given)
     sheet.panel(106, go_on(prompt), a, f"Left alone in state {fsm.name(a)}")
-    steered, _ = steer(fsm, run.model, prompt, [b], intervene, generator)
+    copy = copy_codes(run.model, run.sites())
+    steered, _, edits = steer(fsm, run.model, prompt, [b], copy, generator)
     heading = f"The same, but in orange the codes of state {fsm.name(b)} are forced"
-    sheet.panel(106 + PANEL, go_on(steered), b, heading, steered=True)
+    sheet.panel(106 + PANEL, go_on(steered, edits), b, heading, steered=True)
     write(path, sheet.svg())
     return {"picture": str(path)}, f"wrote {path}"
 
