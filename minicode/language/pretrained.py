@@ -71,12 +71,11 @@ class PretrainedTokenizer:
         ends = (own.bos_token_id, own.eos_token_id, own.pad_token_id)
         self.separator = next((token for token in ends if token is not None), 0)
         by_bytes = "ByteLevel" in repr(own.backend_tokenizer.decoder)
-        texts = own.convert_ids_to_tokens(range(min(len(own), self.vocab_size)))
+        texts = own.convert_ids_to_tokens(range(self.vocab_size))
         self.bytes = [to_bytes(text, by_bytes) for text in texts]
         for token in own.all_special_ids:
-            if token < len(self.bytes):
+            if token < self.vocab_size:
                 self.bytes[token] = b""
-        self.bytes += [b""] * (self.vocab_size - len(texts))
         self.bytes[self.separator] = b"\n\n"
         self.ids = {piece.decode(errors="replace"): i for i, piece in enumerate(self.bytes)}
 

@@ -137,22 +137,19 @@ def best_labels(recording, kinds):
     best = [None] * len(recording.names)
     highest = np.zeros(len(best))
     for kind, (labels, names) in kinds.items():
-        for part, found in detect_in_parts(recording, labels, names):
-            label = found.f1.argmax(1)
-            f1 = found.f1.max(1)
+        for name, found in zip(names, detect_each(recording, labels, names)):
+            f1 = found.f1[:, 0]
             for code in np.flatnonzero(f1 > highest):
-                measures = [found[i][code, label[code]].item() for i in range(3)]
-                best[code] = (kind, part[label[code]], *measures)
+                measures = [table[code].item() for table in found[:3]]
+                best[code] = (kind, name, *measures)
             highest = np.maximum(highest, f1)
     return best
 
 
-def detect_in_parts(recording, labels, names):
-    """`detect` for 32 labels at a time: yields their names, and Detectors."""
-    for first in range(0, len(names), 32):
-        part = names[first : first + 32]
-        there = (labels >= first) & (labels < first + len(part))
-        yield part, detect(recording, np.where(there, labels - first, -1), part)
+def detect_each(recording, labels, names):
+    """`detect` for one label after the other: tables of all would take too much memory."""
+    for label, name in enumerate(names):
+        yield detect(recording, np.where(labels == label, 0, -1), [name])
 
 
 def matches(texts, pattern):
@@ -237,15 +234,15 @@ def codes_against_neurons(run, recording, kinds, n_positions=2**15):
         flat = labels[:rows].ravel()
         precision = []  # of the best code of each label
         recall = []
-        for part, found in detect_in_parts(recording, labels, names):
-            best = found.f1.argmax(0), range(len(part))
-            precision += found.precision[best].tolist()
-            recall += found.recall[best].tolist()
+        for found in detect_each(recording, labels, names):
+            best = found.f1.argmax()
+            precision.append(found.precision[best].item())
+            recall.append(found.recall[best].item())
         detected = np.intersect1d(flat, np.flatnonzero(recall))
         wanted = [(label, recall[label]) for label in detected]
         neurons_found = best_neurons(values, torch.from_numpy(flat), wanted)
         for label, neuron in zip(detected, neurons_found):
-            points.append((neuron, float(precision[label]), names[label]))
+            points.append((neuron, precision[label], names[label]))
     # No point: no label occurs, or no code fires on one.
     neuron, code = np.array([point[:2] for point in points] or [(0.0, 0.0)]).T
     return {

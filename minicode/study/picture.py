@@ -37,6 +37,7 @@ def picture(run, recording, kinds, path):
     given = 1 + (n_states + 1) // 2 * fsm.digits
     prompt = torch.from_numpy(recording.tokens[:1, :given])
     a = fsm.decode(prompt[0, 1:])[-1]
+    # the state whose successors are the least like those of a: what comes next tells them apart
     in_common = fsm.transition_matrix @ fsm.transition_matrix[a]
     b = in_common.argmin()
     generator = torch.Generator(run.model.device).manual_seed(0)
@@ -109,8 +110,7 @@ class Sheet(Drawing):
         may = " ".join(map(fsm.name, fsm.successors[state][:10]))
         right = "right" if new in fsm.successors[state] else "wrong"
         follow = f"{fsm.name(state)} may be followed by {may}"
-        went_on = f"{follow}. The network went on to {fsm.name(new)}: {right}."
-        self.text(0, y + PANEL - 44, went_on)
+        self.text(0, y + PANEL - 44, f"{follow}. The network went on to {fsm.name(new)}: {right}.")
 
     def name(self, y, site, head):
         """Where a row's codes are, in two lines."""
