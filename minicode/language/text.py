@@ -86,6 +86,7 @@ class Text:
                 self._count_pieces()
             self.tokenizer = Tokenizer(self.pieces)
         self.vocab_size = self.tokenizer.vocab_size
+        self.written_as = "<u2" if self.vocab_size <= 1 << 16 else "<u4"  # tokens, in their file
         if self.n_tokens is None:
             self._read()
         self.vocabulary = [self.show([0, token]) for token in range(self.vocab_size)]
@@ -103,10 +104,12 @@ class Text:
 
     def __eq__(self, other):
         """Whether both are the same text, by all that is counted of it."""
-        if not isinstance(other, Text):
-            return False
-        same = self.pieces == other.pieces and self.n_tokens == other.n_tokens
-        return same and math.isclose(self.loss_unigram, other.loss_unigram)
+        return (
+            isinstance(other, Text)
+            and self.pieces == other.pieces
+            and self.n_tokens == other.n_tokens
+            and math.isclose(self.loss_unigram, other.loss_unigram)
+        )
 
     # -- read once, before the training
 
@@ -148,12 +151,8 @@ class Text:
         """What a run's folder keeps: the tokens of the user's own text, and all else as JSON."""
         files = small_files(self.model) if self.model else {}
         if self.data:
-            files[self.tokens_file] = np.concatenate(self.parts).astype(self._type())
+            files[self.tokens_file] = np.concatenate(self.parts).astype(self.written_as)
         return {**files, self.file: json.dumps(asdict(self))}
-
-    def _type(self):
-        """As which numbers tokens are written."""
-        return "<u2" if self.vocab_size <= 1 << 16 else "<u4"
 
     def settle(self, folder):
         """Finds the tokens of the user's own text in a run's folder, memory-mapped."""
@@ -161,7 +160,7 @@ class Text:
             return
         path = folder / self.tokens_file
         with reading(path):
-            tokens = np.memmap(path, self._type(), mode="r")
+            tokens = np.memmap(path, self.written_as, mode="r")
             if len(tokens) != sum(self.n_tokens) or tokens.max() >= self.vocab_size:
                 raise ValueError(f"it does not hold the tokens of {self.file}")
             self.parts = np.split(tokens, self.n_tokens[:1])

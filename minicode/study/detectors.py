@@ -232,17 +232,16 @@ def codes_against_neurons(run, recording, kinds, n_positions=2**15):
     points = []
     for labels, names in kinds:
         flat = labels[:rows].ravel()
-        precision = []  # of the best code of each label
-        recall = []
-        for found in detect_each(recording, labels, names):
+        wanted = []  # each label that a code detects there, and the recall of the best code
+        codes = []  # its precision, and the label's name
+        for label, found in enumerate(detect_each(recording, labels, names)):
             best = found.f1.argmax()
-            precision.append(found.precision[best].item())
-            recall.append(found.recall[best].item())
-        detected = np.intersect1d(flat, np.flatnonzero(recall))
-        wanted = [(label, recall[label]) for label in detected]
+            recall = found.recall[best].item()
+            if recall and label in flat:
+                wanted.append((label, recall))
+                codes.append((found.precision[best].item(), names[label]))
         neurons_found = best_neurons(values, torch.from_numpy(flat), wanted)
-        for label, neuron in zip(detected, neurons_found):
-            points.append((neuron, precision[label], names[label]))
+        points += [(neuron, *code) for neuron, code in zip(neurons_found, codes)]
     # No point: no label occurs, or no code fires on one.
     neuron, code = np.array([point[:2] for point in points] or [(0.0, 0.0)]).T
     return {

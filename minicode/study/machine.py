@@ -219,7 +219,10 @@ def control_study(run, n_pairs=400):
     generator = torch.Generator(run.model.device).manual_seed(0)
     rng = np.random.default_rng(0)
     forced = forced_codes(run, generator, rng)
-    shifts = mean_differences(run, rng)
+    shifts = {}  # by layer, of the dense model, if there is one and room for a context
+    if run.dense and run.config.block_size >= 3 * run.fsm.digits:
+        for layer in range(run.config.n_layer):
+            shifts[layer] = add_mean_difference(run.fsm, run.dense, layer, rng)
     samples = defaultdict(list)  # figures by way and place
     for _ in tqdm(range(N_SEEDS), desc="control", leave=False, disable=None):
         drawn = draw_pairs(run, n_pairs, rng)
@@ -251,15 +254,6 @@ def forced_codes(run, generator, rng):
     ways["random_code"] = copy(sites, random=generator)
     ways["wrong_state"] = wrong_state(run.fsm, ways["all"], rng)
     return ways
-
-
-def mean_differences(run, rng):
-    """{layer: intervene} for the dense model, if there is one and room for a context."""
-    shifts = {}
-    if run.dense and run.config.block_size >= 3 * run.fsm.digits:
-        for layer in range(run.config.n_layer):
-            shifts[layer] = add_mean_difference(run.fsm, run.dense, layer, rng)
-    return shifts
 
 
 def draw_pairs(run, n_pairs, rng):
