@@ -82,7 +82,7 @@ def best_codes(recording, labels):
 def draw(result, points):
     """The figures, by name: (svg, caption)."""
     svg = figures.scatter(
-        [point[:2] for point in points],
+        points,
         title="Codes against neurons as detectors",
         x="precision of the best neuron",
         y="precision of the best code",
