@@ -110,23 +110,25 @@ def usage(counts):
 Detectors = namedtuple("Detectors", "precision recall f1 total")
 
 
-def detect(recording, labels, names):
-    """How well each code detects each label: labels (n, T), -1 for none (paper, section 4.2).
+def detect_one(recording, there):
+    """How well each code detects where it is true, bool (n, T) (paper, section 4.2): Detectors.
 
-    Detectors: precision, recall and F1, (codes, labels) each; and at how many positions each label
-    is, (labels).
+    Precision, recall and F1, (codes) each; and at how many positions it is true.
     """
-    flat = labels.ravel()
-    known = flat >= 0
-    shape = (len(recording.names) + 1, len(names))
-    pairs = recording.fired[known] * len(names) + flat[known, None]
-    both = np.bincount(pairs.ravel(), minlength=math.prod(shape)).reshape(shape)[:-1]
-    fires = recording.count[:, None]
-    total = np.bincount(flat[known], minlength=len(names))
+    fires = recording.count
+    total = there.sum()
+    fired = recording.fired[there.ravel()].ravel()
+    both = np.bincount(fired, minlength=len(fires) + 1)[:-1]
     precision = both / np.maximum(fires, 1)
-    recall = both / np.maximum(total, 1)
+    recall = both / max(total, 1)
     f1 = 2 * both / np.maximum(fires + total, 1)
     return Detectors(precision, recall, f1, total)
+
+
+def detect(recording, labels, names):
+    """The same for each label: labels (n, T), -1 for none. Tables are (codes, labels)."""
+    each = [detect_one(recording, labels == label) for label in range(len(names))]
+    return Detectors(*(np.stack(columns, axis=-1) for columns in zip(*each)))
 
 
 def best_labels(recording, kinds):
@@ -137,19 +139,13 @@ def best_labels(recording, kinds):
     best = [None] * len(recording.names)
     highest = np.zeros(len(best))
     for kind, (labels, names) in kinds.items():
-        for name, found in zip(names, detect_each(recording, labels, names)):
-            f1 = found.f1[:, 0]
-            for code in np.flatnonzero(f1 > highest):
+        for label, name in enumerate(names):
+            found = detect_one(recording, labels == label)
+            for code in np.flatnonzero(found.f1 > highest):
                 measures = [table[code].item() for table in found[:3]]
                 best[code] = (kind, name, *measures)
-            highest = np.maximum(highest, f1)
+            highest = np.maximum(highest, found.f1)
     return best
-
-
-def detect_each(recording, labels, names):
-    """`detect` for one label after the other: tables of all would take too much memory."""
-    for label, name in enumerate(names):
-        yield detect(recording, np.where(labels == label, 0, -1), [name])
 
 
 def matches(texts, pattern):
@@ -234,12 +230,13 @@ def codes_against_neurons(run, recording, kinds, n_positions=2**15):
         flat = labels[:rows].ravel()
         wanted = []  # each label that a code detects there, and the recall of the best code
         codes = []  # its precision, and the label's name
-        for label, found in enumerate(detect_each(recording, labels, names)):
+        for label, name in enumerate(names):
+            found = detect_one(recording, labels == label)
             best = found.f1.argmax()
             recall = found.recall[best].item()
             if recall and label in flat:
                 wanted.append((label, recall))
-                codes.append((found.precision[best].item(), names[label]))
+                codes.append((found.precision[best].item(), name))
         neurons_found = best_neurons(values, torch.from_numpy(flat), wanted)
         points += [(neuron, *code) for neuron, code in zip(neurons_found, codes)]
     # No point: no label occurs, or no code fires on one.

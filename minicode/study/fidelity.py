@@ -46,8 +46,3 @@ def zeroed(model):
     finally:
         for codebook, own in zip(books, codes):
             codebook.codes.data = own
-
-
-def loss_recovered(loss, dense, zero):
-    """The share of what the sites are worth, by zero ablation, that the codes keep."""
-    return (zero - loss) / (zero - dense)
