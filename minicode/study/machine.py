@@ -190,11 +190,11 @@ def control(fsm, model, tokens, b, intervene, generator=None):
     return {"control": n_follow / len(b), "jsd": divergence / len(b)}
 
 
-def pairs(fsm, most=10_000):
-    """All pairs of different states a, b, or so many of them, always the same: two arrays (n,)."""
+def pairs(fsm):
+    """All pairs of different states a, b, or 10,000 of them, always the same: two arrays (n,)."""
     every = np.flatnonzero(~np.eye(fsm.n_states, dtype=bool))
-    if len(every) > most:
-        every = np.random.default_rng(0).permutation(every)[:most]
+    if len(every) > 10_000:
+        every = np.random.default_rng(0).permutation(every)[:10_000]
     return divmod(every, fsm.n_states)
 
 
