@@ -23,7 +23,7 @@ from minicode.runtime.options import Parser
 from minicode.runtime.runs import load_run
 from minicode.runtime.streams import outlive
 from minicode.study.demonstration import controls
-from minicode.study.ideas import TABLES
+from minicode.study.ideas import REPLACED, TABLES
 from minicode.train_fsm import main as train_fsm
 from minicode.train_text import main as train_text
 
@@ -47,10 +47,10 @@ def main(argv=None):
     for idea in args.only or table.rows:
         results = []
         for seed in range(args.seeds):
-            name = "-".join([*re.findall(r"\w+", idea), str(seed)])
+            name = "-".join(re.findall(r"\w+", f"{idea} {seed}"))
             folder = args.out / args.table / name
-            flags = f"--steps {steps} --eval-every {max(1, steps // 20)} --seed {seed}".split()
-            flags += table.rows[idea].split()
+            flags = f"--steps {steps} --eval-every {max(1, steps // 20)} --seed {seed}"
+            flags = f"{flags} {table.rows[idea]}".split()
             if args.data:
                 flags += ["--data", args.data]
             results.append(result(table, idea, folder, flags))
@@ -102,7 +102,7 @@ def result(table, idea, folder, flags):
         figures = json.loads(path.read_bytes())
         if figures["flags"] == flags:
             return figures
-    methods = table.replaced.get(idea)
+    methods = REPLACED.get(idea)
     with mock.patch.multiple(Codebook, **methods) if methods else nullcontext():
         status = COMMANDS[table.command](["--out", str(folder), "--overwrite", *flags])
         if status:

@@ -32,17 +32,10 @@ SHAPES = [  # groups, N, d, C, k
     (1, 8192, 64, 960, 1),
 ]
 SIDE = 4096  # of the square matmul
-STEPS = {  # of train_fsm: what is changed of its default, and whether the extension searches
-    "dense": ({"codebooks": "none"}, True),
-    "codebooks, PyTorch": ({}, False),
-    "codebooks, extension": ({}, True),
-}
+STEPS = {"codebooks": {}}  # of train_fsm: what is changed of its default
 TEXT_STEPS = {  # of train_text, where k is 8
-    "dense": ({"codebooks": "none"}, True),
-    "nearest, PyTorch": ({"selection": "nearest"}, False),
-    "pursuit, PyTorch": ({"selection": "pursuit"}, False),
-    "nearest, extension": ({"selection": "nearest"}, True),
-    "pursuit, extension": ({"selection": "pursuit"}, True),
+    "nearest": {"selection": "nearest"},
+    "pursuit": {"selection": "pursuit"},
 }
 
 
@@ -79,16 +72,22 @@ def bench(device):
 
 
 def bench_steps(device, data, preset, cases):
-    """Training steps with a preset, {name: time}; cases: {name: (what is changed, extension?)}."""
-    steps = {}
-    for name, (changes, by_extension) in cases.items():
+    """Training steps with a preset, {name: time}; cases: {name: what is changed of it}.
+
+    Each case by PyTorch and by the extension; and the dense model.
+    """
+
+    def make(changes):
         config = TrainConfig(**{**preset, **changes, "vocab_size": data.vocab_size})
         model = GPT(config).to(device)
         optimizer = make_optimizer(model, config)
-        step = partial(train_step, model, model, optimizer, config, config.steps - 1, data)
-        if not by_extension:
-            step = mock.patch.object(native, "serves", lambda x, k: False)(step)
-        steps[name] = step
+        return partial(train_step, model, model, optimizer, config, config.steps - 1, data)
+
+    steps = {"dense": make({"codebooks": "none"})}
+    without_extension = mock.patch.object(native, "serves", lambda x, k: False)
+    for name, changes in cases.items():
+        steps[f"{name}, PyTorch"] = without_extension(make(changes))
+        steps[f"{name}, extension"] = make(changes)
     times = timed(steps, rounds=21)
     for time in times.values():
         time["times_dense"] = time["ms"] / times["dense"]["ms"]

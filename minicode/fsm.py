@@ -59,8 +59,7 @@ class FSM:
             self.successors = shuffled[:, : self.n_edges]
         edges = self.successors = np.sort(self.successors, axis=-1)
         fits = edges.shape == (self.n_states, self.n_edges) and edges.dtype.kind in "iu"
-        inside = fits and 0 <= edges.min() <= edges.max() < self.n_states
-        if not (inside and np.diff(edges).all()):
+        if not fits or (np.diff(edges, prepend=-1, append=self.n_states) <= 0).any():
             wanted = f"{self.n_edges} different successors"
             raise ValueError(f"a machine needs {wanted} for each of its {self.n_states} states")
         self.transition_matrix = np.zeros((self.n_states, self.n_states))

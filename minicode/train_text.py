@@ -10,7 +10,6 @@ from minicode.runtime.files import write
 from minicode.runtime.progress import bar
 from minicode.runtime.runs import load_model
 from minicode.runtime.session import make_optimizer, pick_device
-from minicode.study.fidelity import loss_recovered
 from minicode.train import evaluate, n_evaluated, train_step
 
 PRESETS = {
@@ -80,7 +79,7 @@ def compare(run):
     if dense:
         summary["gain_kept"] = (unigram - summary["loss"]) / (unigram - dense["loss"])
         zero = summary["loss_zero"]
-        summary["loss_recovered"] = loss_recovered(summary["loss"], dense["loss"], zero)
+        summary["loss_recovered"] = (zero - summary["loss"]) / (zero - dense["loss"])
         others["sites zero"] = {"loss": zero}
     return table(summary, others, ROWS)
 

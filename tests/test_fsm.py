@@ -201,7 +201,7 @@ def test_forced_distributions_of_a_model_that_is_its_codes(small, its_codes):
     for sites in (["block.0"], []):
         generator = torch.Generator().manual_seed(0)
         intervene = copy_codes(its_codes, sites)
-        tokens, logits = steer(small, its_codes, small.runs(a), b, intervene, generator)
+        tokens, logits, _ = steer(small, its_codes, small.runs(a), b, intervene, generator)
         assert tokens.shape == (72, 1 + 2 * small.digits)
         assert logits.shape == (2, small.digits, 72, small.vocab_size)
         steered, own = logits[:, 0].softmax(-1)

@@ -289,7 +289,8 @@ train.train_step = real_step
 again = open_session("two", resume=True)
 assert again.step == 45
 assert (train.train(again) != {}) == (rank == 0)
-train.train(sessions.open_session(replace(config, refit=10, seed=1), FSM(16, 3, 4), folder / "refit"))
+config = replace(config, refit=10, seed=1)
+train.train(open_session("refit"))
 sessions.write_tensors = full_disk
 try:
     train.train(open_session("full"))

@@ -4,7 +4,6 @@ Nothing is downloaded, and no code that a folder holds is run. transformers is i
 """
 
 import inspect
-import json
 import re
 from pathlib import Path
 
@@ -21,6 +20,7 @@ KEPT = re.compile(
     r"config\.json|generation_config\.json|tokenizer.*|special_tokens_map\.json|added_tokens\.json"
     r"|vocab\..*|merges\.txt|chat_template\.jinja"
 )
+SIZES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size"}
 BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
@@ -51,12 +51,12 @@ def small_files(folder):
 def sizes(folder):
     """What a run's configuration says of the model, by the names of TrainConfig."""
     config = from_folder("AutoConfig", folder).get_text_config()
-    names = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
-    names["n_embd"] = "hidden_size"
-    for name in names.values():
-        if not hasattr(config, name):
-            raise ValueError(f"{folder} holds no transformer: its configuration has no {name}")
-    return {ours: getattr(config, theirs) for ours, theirs in names.items()}
+    found = {}
+    for ours, theirs in SIZES.items():
+        if not hasattr(config, theirs):
+            raise ValueError(f"{folder} holds no transformer: its configuration has no {theirs}")
+        found[ours] = getattr(config, theirs)
+    return found
 
 
 class PretrainedTokenizer:
@@ -70,17 +70,14 @@ class PretrainedTokenizer:
         own = self.tokenizer
         ends = (own.bos_token_id, own.eos_token_id, own.pad_token_id)
         self.separator = next((token for token in ends if token is not None), 0)
-        decoder = json.loads(own.backend_tokenizer.to_str())["decoder"]
-        by_bytes = "ByteLevel" in json.dumps(decoder)
-        texts = own.convert_ids_to_tokens(range(min(len(own), self.vocab_size)))
+        by_bytes = "ByteLevel" in repr(own.backend_tokenizer.decoder)
+        texts = own.convert_ids_to_tokens(range(self.vocab_size))
         self.bytes = [to_bytes(text, by_bytes) for text in texts]
         for token in own.all_special_ids:
-            if token < len(self.bytes):
+            if token < self.vocab_size:
                 self.bytes[token] = b""
-        self.bytes += [b""] * (self.vocab_size - len(texts))
         self.bytes[self.separator] = b"\n\n"
-        pieces = [content.decode(errors="replace") for content in self.bytes]
-        self.ids = {piece: token for token, piece in enumerate(pieces)}
+        self.ids = {piece.decode(errors="replace"): i for i, piece in enumerate(self.bytes)}
 
         # SentencePiece puts a space before a text; then ours is one too many.
         self.adds_space = False
@@ -102,15 +99,11 @@ class PretrainedTokenizer:
         return text.removeprefix(" ") if self.adds_space else text
 
 
-def byte_of():
-    """GPT-2's way to write any byte as a letter: {letter: byte}."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    letters = {chr(byte): byte for byte in plain}
-    return letters | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-BYTE_OF = byte_of()
+# GPT-2's way to write any byte as a letter: {letter: byte}.
+PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = sorted({*range(256)} - {*PLAIN})
+BYTE_OF = {chr(byte): byte for byte in PLAIN}
+BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(OTHERS)}
 
 
 def to_bytes(text, by_bytes):
@@ -121,7 +114,7 @@ def to_bytes(text, by_bytes):
         return bytes(BYTE_OF[letter] for letter in text)
     single = BYTE_TOKEN.fullmatch(text)
     if single:
-        return bytes([int(single[1], 16)])
+        return bytes.fromhex(single[1])
     return text.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
 
 
@@ -139,8 +132,8 @@ class Pretrained(nn.Module):
         if config.layer_norm:
             raise ValueError("layer_norm doesn't go with a pretrained model")
         if weights:
-            how = {"dtype": torch.float32, "use_safetensors": True}
-            self.model = from_folder("AutoModelForCausalLM", folder, **how)
+            kind = "AutoModelForCausalLM"
+            self.model = from_folder(kind, folder, dtype=torch.float32, use_safetensors=True)
         else:
             from transformers import AutoModelForCausalLM
 
@@ -175,8 +168,9 @@ class Pretrained(nn.Module):
     def forward(self, tokens, targets=None, cache=None):
         end = tokens.shape[1] + (cache["past"].get_seq_length() if cache else 0)
         if end > self.config.block_size:
-            most = self.config.block_size
-            raise ValueError(f"{end} tokens are more than the block_size of {most}")
+            raise ValueError(
+                f"{end} tokens are more than the block_size of {self.config.block_size}"
+            )
         past = {self.cache_name: cache["past"]} if cache else {}
         found = self.model(tokens, use_cache=cache is not None, **past)
         if cache is not None:

@@ -4,11 +4,14 @@ import codecs
 import json
 import math
 import re
+from array import array
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import cache
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 
 from minicode.language.documents import HELD_OUT, read_documents
 from minicode.language.pretrained import FOLDER as PRETRAINED
@@ -20,6 +23,21 @@ from minicode.runtime.options import check_options, option
 
 N_STORIES = 4000  # that the vocabulary is counted on
 N_WORDS = 200  # frequent words that codes may stand for
+
+
+@cache
+def first_stories():
+    """(text, whether it is held out) of each story that the vocabulary is counted on."""
+    found = []
+    for number in range(N_STORIES):
+        sentences = [sentence for sentence, _ in stories().story(number)]
+        found.append((" ".join(sentences), number % HELD_OUT == 0))
+    return found
+
+
+def documents(paths):
+    """(text, whether it is held out) of each document of the user, or of the first stories."""
+    return read_documents(paths) if paths else first_stories()
 
 
 @dataclass(eq=False)
@@ -61,14 +79,16 @@ class Text:
     def __post_init__(self):
         check_options(self)
         if self.model:
+            self.pieces = []
             self.tokenizer = PretrainedTokenizer(self.model)
-            if self.n_tokens is None:
-                self._count_tokens()
         else:
             if self.pieces is None:
                 self._count_pieces()
             self.tokenizer = Tokenizer(self.pieces)
         self.vocab_size = self.tokenizer.vocab_size
+        self.written_as = "<u2" if self.vocab_size <= 1 << 16 else "<u4"  # tokens, in their file
+        if self.n_tokens is None:
+            self._read()
         self.vocabulary = [self.show([0, token]) for token in range(self.vocab_size)]
         self.most_block = min(*self.n_tokens, self.tokenizer.most_tokens) - 1
         self.topics = [] if self.data else list(stories().topics)
@@ -84,63 +104,40 @@ class Text:
 
     def __eq__(self, other):
         """Whether both are the same text, by all that is counted of it."""
-        if not isinstance(other, Text):
-            return False
-        same = self.pieces == other.pieces and self.n_tokens == other.n_tokens
-        return same and math.isclose(self.loss_unigram, other.loss_unigram)
+        return (
+            isinstance(other, Text)
+            and self.pieces == other.pieces
+            and self.n_tokens == other.n_tokens
+            and math.isclose(self.loss_unigram, other.loss_unigram)
+        )
 
     # -- read once, before the training
 
-    def _documents(self):
-        """(text, whether it is held out) of each document of the user, or of the first stories."""
-        if self.data:
-            yield from read_documents(self.data)
-            return
-        for number in range(N_STORIES):
-            sentences = [sentence for sentence, _ in stories().story(number)]
-            yield " ".join(sentences), number % HELD_OUT == 0
-
     def _count_pieces(self):
-        """The vocabulary, by frequency in the part to train on, and the figures that follow."""
-        counts = Counter(), Counter()  # of pieces, to train on and held out
-        n_documents = [0, 0]
-        for text, held_out in self._documents():
-            counts[held_out].update(PIECES.findall(text))
-            n_documents[held_out] += 1
-
+        """The vocabulary, by frequency in the part to train on."""
+        counts = Counter()
+        for text, held_out in documents(self.data):
+            if not held_out:
+                counts.update(PIECES.findall(text))
         frequent = [
-            (-n, piece) for piece, n in counts[0].items() if n > 1 and len(to_bytes(piece)) > 1
+            (-n, piece) for piece, n in counts.items() if n > 1 and len(to_bytes(piece)) > 1
         ]
         n_pieces = self.vocab - SEPARATOR - 1
         self.pieces = [piece for _, piece in sorted(frequent)[:n_pieces]]
 
-        tokenizer = Tokenizer(self.pieces)
-        used = np.zeros((2, tokenizer.vocab_size), int)
-        used[:, SEPARATOR] = n_documents
-        for row, count in zip(used, counts):
-            for piece, n in count.items():
-                np.add.at(row, tokenizer.encode(piece), n)
-        self._measure(used)
-
-    def _count_tokens(self):
-        """The figures of a text that a pretrained model's tokenizer reads."""
-        self.pieces = []
-        used = np.zeros((2, self.tokenizer.vocab_size), int)
-        for text, held_out in self._documents():
-            tokens = [*self.tokenizer.encode(text), self.tokenizer.separator]
-            used[int(held_out)] += np.bincount(tokens, minlength=used.shape[1])
-        self._measure(used)
-
-    def _measure(self, used):
-        """How many tokens there are, and what is known by their frequency: used (2, vocab_size)."""
-        self.n_tokens = used.sum(1).tolist()
+    def _read(self):
+        """Reads the text as tokens, and what is known by their frequency."""
+        parts = array("I"), array("I")  # to train on, and held out
+        for text, held_out in documents(self.data):
+            parts[held_out].extend([*self.tokenizer.encode(text), self.tokenizer.separator])
+        self.n_tokens = [len(part) for part in parts]
         n_train, n_held_out = self.n_tokens
         if min(self.n_tokens) < 2:
             found = f"{n_train} tokens to train on, {n_held_out} held out"
             raise ValueError(f"too little text: {found}")
-
-        train, held_out = used
-        p = (train + 1) / (n_train + len(train))
+        self.parts = [np.asarray(part) for part in parts]
+        train, held_out = (np.bincount(part, minlength=self.vocab_size) for part in self.parts)
+        p = (train + 1) / (n_train + self.vocab_size)
         self.loss_unigram = float(-(held_out * np.log(p)).sum() / n_held_out)
 
     def sizes(self):
@@ -154,16 +151,8 @@ class Text:
         """What a run's folder keeps: the tokens of the user's own text, and all else as JSON."""
         files = small_files(self.model) if self.model else {}
         if self.data:
-            documents = []
-            for text, _ in self._documents():
-                tokens = [*self.tokenizer.encode(text), self.tokenizer.separator]
-                documents.append(np.array(tokens, self._type()))
-            files[self.tokens_file] = np.concatenate(documents)
+            files[self.tokens_file] = np.concatenate(self.parts).astype(self.written_as)
         return {**files, self.file: json.dumps(asdict(self))}
-
-    def _type(self):
-        """As which numbers tokens are written."""
-        return "<u2" if self.vocab_size <= 1 << 16 else "<u4"
 
     def settle(self, folder):
         """Finds the tokens of the user's own text in a run's folder, memory-mapped."""
@@ -171,7 +160,7 @@ class Text:
             return
         path = folder / self.tokens_file
         with reading(path):
-            tokens = np.memmap(path, self._type(), mode="r")
+            tokens = np.memmap(path, self.written_as, mode="r")
             if len(tokens) != sum(self.n_tokens) or tokens.max() >= self.vocab_size:
                 raise ValueError(f"it does not hold the tokens of {self.file}")
             self.parts = np.split(tokens, self.n_tokens[:1])
@@ -197,10 +186,10 @@ class Text:
 
     def passages(self, n, length):
         """Evenly spaced windows (n, length) of the user's held-out text, fewer if it is short."""
-        part = self.parts[1]
-        n = min(n, len(part) // length)
-        starts = np.linspace(0, len(part) - length, n).astype(int)
-        return part[starts[:, None] + np.arange(length)].astype(np.int64)
+        windows = sliding_window_view(self.parts[1], length)
+        n = min(n, len(self.parts[1]) // length)
+        starts = np.linspace(0, len(windows) - 1, n).astype(int)
+        return windows[starts].astype(np.int64)
 
     def labelled(self, rng, n, length):
         """Held-out windows (n, length), and {kind: (labels (n, length), names)}, -1 for no label.
@@ -229,9 +218,8 @@ class Text:
     def _windows(self, rng, n, length, held_out):
         """Windows, and the topic at each position (None for the user's own text): (n, length)."""
         if self.data:
-            part = self.parts[held_out]
-            starts = rng.integers(len(part) - length + 1, size=(n, 1))
-            return part[starts + np.arange(length)].astype(np.int64), None
+            windows = sliding_window_view(self.parts[held_out], length)
+            return windows[rng.integers(len(windows), size=n)].astype(np.int64), None
         tokens = []  # one story after the other: a window goes on where the last one ended
         labels = []
         while len(tokens) < n * length:

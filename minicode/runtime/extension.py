@@ -178,11 +178,9 @@ def _sources(device):
 
 def _key(tools, sources):
     """Stands for everything that the binary depends on: another of any, another key."""
-    cxx = shlex.split(tools.cxx)
-    options = _output(*cxx, "-march=native", "-Q", "--help=target")
-    cpu = options or _output("grep", "-m1", "^flags", "/proc/cpuinfo")
+    cpu = _output("grep", "-Em1", "^(flags|Features)", "/proc/cpuinfo")
     parts = [torch.__version__, torch.version.cuda, sys.version, platform.machine(), cpu]
-    parts += [tools, _output(*cxx, "--version")]
+    parts += [tools, _output(*shlex.split(tools.cxx), "--version")]
     if tools.nvcc:
         parts.append(_output(shlex.split(tools.nvcc)[0], "--version"))
     parts += [path.read_text(encoding="utf-8") for path in sources]
@@ -243,15 +241,15 @@ def _rules(tools, sources):
 def _register_fakes(device):
     """Tells torch.compile the shapes of what the operators return."""
 
-    def topk(x, codes, k, similarity, coarse):
+    def topk(x, codes, k, *how):
         scores = x.new_empty(*x.shape[:2], k)
         return scores, scores.long()
 
     def topk_cuda(x, codes, scale, offset, k, coarse):
-        return topk(x, codes, k, None, coarse)
+        return topk(x, codes, k)
 
     def pursue(scores, offset, change, k):
-        return topk(scores, change, k, None, None)
+        return topk(scores, change, k)
 
     fakes = {"topk": topk, "pursue": pursue} if device == "cpu" else {"topk_cuda": topk_cuda}
     for name, fake in fakes.items():

@@ -21,20 +21,15 @@ def search(x, codes, k, similarity, scale_and_offset, coarse=True):
     codes = codes.float().contiguous()
     if x.is_cpu:
         kind = SIMILARITIES.index(similarity)
+        search_rows = torch.ops.minicode_native.topk
+        how = (codes, k, kind, coarse)
         if x.dtype == torch.float32 and x.stride(-1) == 1:  # it is read where it lies
-            return torch.ops.minicode_native.topk(x, codes, k, kind, coarse)
+            return search_rows(x, *how)
     else:
-        scale, offset = scale_and_offset(codes, similarity)
+        search_rows = gpu.search
+        how = (codes, *scale_and_offset(codes, similarity), k, coarse)
     held = codes.shape[0] * max(128, x.shape[2])  # a row, or on a GPU its list of candidates
     most = 1 << 24 if x.is_cuda else 1 << 21
-    scores = []
-    ids = []
-    for rows in x.split(max(1, most // held), dim=1):
-        rows = rows.float().contiguous()
-        if x.is_cpu:
-            best, which = torch.ops.minicode_native.topk(rows, codes, k, kind, coarse)
-        else:
-            best, which = gpu.search(rows, codes, scale, offset, k, coarse)
-        scores.append(best)
-        ids.append(which)
+    parts = x.split(max(1, most // held), dim=1)
+    scores, ids = zip(*(search_rows(rows.float().contiguous(), *how) for rows in parts))
     return torch.cat(scores, dim=1), torch.cat(ids, dim=1)

@@ -3,9 +3,8 @@
 import numpy as np
 import torch
 
-from minicode.control import chosen
-from minicode.notation import Code
 from minicode.study import machine
+from minicode.study.detectors import record_codes
 
 LEARNT = 0.9  # transition accuracy below which a run has little to show
 CONTROLS = {  # and the codes that are forced, as machine.py names them
@@ -39,20 +38,15 @@ def demonstrate(run, args):
     free = model.generate(tokens, n_new, *how, generator)
     target = np.full(args.num_samples, b)
     everywhere = machine.copy_codes(model, run.sites())
-    tokens, _ = machine.steer(fsm, model, tokens, target, everywhere, generator, *how)
+    tokens, *_ = machine.steer(fsm, model, tokens, target, everywhere, generator, *how)
     steered = model.generate(tokens, n_new - fsm.digits, *how, generator)
-    forced = []
-    for site, ids in chosen(model, fsm.runs([b])).items():
-        own = ids[0].tolist()  # by group
-        groups = range(len(own)) if len(own) > 1 else [None]
-        for group, numbers in zip(groups, own):
-            forced += [str(Code(site, group, number, length - 1)) for number in numbers]
+    own = record_codes(model, fsm.runs([b]).numpy())
     return {
         "prompt": fsm.name(a),
         "state": fsm.name(b),
         "samples": [fsm.show(row) for row in steered],
         "samples_free": [fsm.show(row) for row in free],
-        "forced": forced,
+        "forced": [f"{own.names[number]}@{length - 1}" for number in own.fired[-1]],
         **controls(run, generator, args.seed),
     }
 

@@ -43,10 +43,10 @@ class Recording:
         self.names = []
         first = []  # for each column, the number of its code 0
         for site, codebook in codebooks(self.model).items():
-            for group in range(codebook.groups if codebook.enabled else 0):
-                self.columns += [(site, group)] * codebook.k
-                first += [len(self.names) + group * codebook.n_codes] * codebook.k
             if codebook.enabled:
+                for group in range(codebook.groups):
+                    self.columns += [(site, group)] * codebook.k
+                    first += [len(self.names) + group * codebook.n_codes] * codebook.k
                 self.names += codes_of(site, codebook)
         n_codes = len(self.names)
         codes = codes.reshape(-1, len(first))
@@ -110,23 +110,25 @@ def usage(counts):
 Detectors = namedtuple("Detectors", "precision recall f1 total")
 
 
-def detect(recording, labels, names):
-    """How well each code detects each label: labels (n, T), -1 for none (paper, section 4.2).
+def detect_one(recording, there):
+    """How well each code detects where it is true, bool (n, T) (paper, section 4.2): Detectors.
 
-    Detectors: precision, recall and F1, (codes, labels) each; and at how many positions each label
-    is, (labels).
+    Precision, recall and F1, (codes) each; and at how many positions it is true.
     """
-    flat = labels.ravel()
-    known = flat >= 0
-    shape = (len(recording.names) + 1, len(names))
-    pairs = recording.fired[known] * len(names) + flat[known, None]
-    both = np.bincount(pairs.ravel(), minlength=math.prod(shape)).reshape(shape)[:-1]
-    fires = recording.count[:, None]
-    total = np.bincount(flat[known], minlength=len(names))
+    fires = recording.count
+    total = there.sum()
+    fired = recording.fired[there.ravel()].ravel()
+    both = np.bincount(fired, minlength=len(fires) + 1)[:-1]
     precision = both / np.maximum(fires, 1)
-    recall = both / np.maximum(total, 1)
+    recall = both / max(total, 1)
     f1 = 2 * both / np.maximum(fires + total, 1)
     return Detectors(precision, recall, f1, total)
+
+
+def detect(recording, labels, names):
+    """The same for each label: labels (n, T), -1 for none. Tables are (codes, labels)."""
+    each = [detect_one(recording, labels == label) for label in range(len(names))]
+    return Detectors(*(np.stack(columns, axis=-1) for columns in zip(*each)))
 
 
 def best_labels(recording, kinds):
@@ -137,22 +139,13 @@ def best_labels(recording, kinds):
     best = [None] * len(recording.names)
     highest = np.zeros(len(best))
     for kind, (labels, names) in kinds.items():
-        for part, found in detect_in_parts(recording, labels, names):
-            label = found.f1.argmax(1)
-            f1 = found.f1.max(1)
-            for code in np.flatnonzero(f1 > highest):
-                measures = [found[i][code, label[code]].item() for i in range(3)]
-                best[code] = (kind, part[label[code]], *measures)
-            highest = np.maximum(highest, f1)
+        for label, name in enumerate(names):
+            found = detect_one(recording, labels == label)
+            for code in np.flatnonzero(found.f1 > highest):
+                measures = [table[code].item() for table in found[:3]]
+                best[code] = (kind, name, *measures)
+            highest = np.maximum(highest, found.f1)
     return best
-
-
-def detect_in_parts(recording, labels, names, size=32):
-    """`detect` for so many labels at a time: yields their names, and Detectors."""
-    for first in range(0, len(names), size):
-        part = names[first : first + size]
-        there = (labels >= first) & (labels < first + len(part))
-        yield part, detect(recording, np.where(there, labels - first, -1), part)
 
 
 def matches(texts, pattern):
@@ -235,17 +228,17 @@ def codes_against_neurons(run, recording, kinds, n_positions=2**15):
     points = []
     for labels, names in kinds:
         flat = labels[:rows].ravel()
-        precision = []  # of the best code of each label
-        recall = []
-        for part, found in detect_in_parts(recording, labels, names):
-            best = found.f1.argmax(0), range(len(part))
-            precision += found.precision[best].tolist()
-            recall += found.recall[best].tolist()
-        detected = np.intersect1d(flat, np.flatnonzero(recall))
-        wanted = [(label, recall[label]) for label in detected]
+        wanted = []  # each label that a code detects there, and the recall of the best code
+        codes = []  # its precision, and the label's name
+        for label, name in enumerate(names):
+            found = detect_one(recording, labels == label)
+            best = found.f1.argmax()
+            recall = found.recall[best].item()
+            if recall and label in flat:
+                wanted.append((label, recall))
+                codes.append((found.precision[best].item(), name))
         neurons_found = best_neurons(values, torch.from_numpy(flat), wanted)
-        for label, neuron in zip(detected, neurons_found):
-            points.append((neuron, float(precision[label]), names[label]))
+        points += [(neuron, *code) for neuron, code in zip(neurons_found, codes)]
     # No point: no label occurs, or no code fires on one.
     neuron, code = np.array([point[:2] for point in points] or [(0.0, 0.0)]).T
     return {

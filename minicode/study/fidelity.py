@@ -21,14 +21,9 @@ class Errors:
         self.total = 0.0  # (G, d)
 
     def add(self, codebook, arguments, output):
-        x = arguments[0]
-        ids = codebook.ids
-        kept = codebook.positions.kept(x)
-        if kept is not None:
-            x = x[kept]
-            ids = ids[kept]
-        a = codebook.activations(x).flatten(0, -3).double()  # (N, G, d)
-        q = codebook.sum_codes(ids).flatten(0, -3).double()
+        kept = codebook.ids[..., 0, 0] >= 0
+        a = codebook.activations(arguments[0][kept]).double()  # (N, G, d)
+        q = codebook.sum_codes(codebook.ids[kept]).double()
         self.n += len(a)
         self.error += (a - q).square().sum().item()
         self.square += a.square().sum().item()
@@ -51,8 +46,3 @@ def zeroed(model):
     finally:
         for codebook, own in zip(books, codes):
             codebook.codes.data = own
-
-
-def loss_recovered(loss, dense, zero):
-    """The share of what the sites are worth, by zero ablation, that the codes keep."""
-    return (zero - loss) / (zero - dense)

@@ -6,6 +6,7 @@ numbers always shows 0.
 
 import math
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
 
 STYLE = Path(__file__).with_name("figures.css").read_text(encoding="utf-8")
@@ -107,13 +108,11 @@ def bars(groups, series, errors=None, **labels):
     return chart.svg()
 
 
-def scatter(points, colors=None, labels=None, diagonal=False, y="", **axes):
-    """Points (x, y) in the colours 0, 1, 2 ...; one with a label is larger than the others.
+def scatter(points, colors=(), labels=(), diagonal=False, y="", **axes):
+    """Points (x, y) in the colours 0, 1, 2 ...; one with a label is larger than those without.
 
     diagonal   draws the line on which x = y
     """
-    colors = colors or [0] * len(points)
-    labels = labels or [""] * len(points)
     left, top, bottom = 54, 30, 354
     chart, across = frame([point[0] for point in points], left, top, bottom, **axes)
     up = Axis([point[1] for point in points], bottom, top)
@@ -125,8 +124,8 @@ def scatter(points, colors=None, labels=None, diagonal=False, y="", **axes):
         end = min(across.high, up.high)
         line = f"M{across(0):.1f} {up(0):.1f}L{across(end):.1f} {up(end):.1f}"
         chart.shape(line, "ink dashed")
-    for point, color, label in zip(points, colors, labels):
+    for point, color, label in zip_longest(points, colors, labels):
         place = f"{across(point[0]):.1f} {up(point[1]):.1f}"
-        chart.shape(f"M{place}h0", f"c{color % 6}", 12 if label else 5, label)
+        chart.shape(f"M{place}h0", f"c{(color or 0) % 6}", 12 if label else 5, label)
         chart.text(across(point[0]), up(point[1]) - 9, label, "end", "label")
     return chart.svg()

@@ -53,10 +53,15 @@ class Table:
     steps: int
     rows: dict  # the flags of each
     columns: tuple = ("loss", "accuracy", "dead_code_fraction")
-    replaced: dict = field(default_factory=dict)  # the methods of Codebook that a row replaces
     theirs: dict = field(default_factory=dict)  # the paper's figures for a row, in a last column
 
 
+REPLACED = {  # the methods of Codebook that a row replaces
+    "random inputs, not k-means": {"start": start_at_random},
+    "no straight-through": {"pass_on": cut_off},
+    "rotation trick": {"pass_on": rotation},
+    "no least squares after k-means": {"_fit": no_fit},
+}
 FSM = Table(
     "ideas on TokFSM, half of the default's steps: 75 minutes on one core",
     "train_fsm",
@@ -78,11 +83,6 @@ FSM = Table(
         "twice the learning rate": "--lr 8e-3",
     },
     ("loss", "transition_accuracy", "dead_code_fraction", "control_mlp"),
-    {
-        "random inputs, not k-means": {"start": start_at_random},
-        "no straight-through": {"pass_on": cut_off},
-        "rotation trick": {"pass_on": rotation},
-    },
 )
 TEXT = Table(
     "ideas for k > 1, on stories or on --data, a third of the default's steps: an hour",
@@ -99,10 +99,6 @@ TEXT = Table(
         "MLPs too, k 8": "--codebooks head,mlp",
         "MLPs too, in 16 groups": "--codebooks head,mlp --groups-mlp 16",
         "MLPs too, k 100": "--codebooks head,mlp --k-mlp 100",
-    },
-    replaced={
-        "random inputs, not k-means": {"start": start_at_random},
-        "no least squares after k-means": {"_fit": no_fit},
     },
 )
 BOTH_20K = "--selection nearest --n-codes 20000 --n-codes-head 20000"

@@ -8,7 +8,7 @@ from minicode.notation import Code
 from minicode.study.detectors import (
     agreement,
     best_labels,
-    detect,
+    detect_one,
     forced_distributions,
     matches,
     record_codes,
@@ -23,12 +23,12 @@ def search(run, recording, regex, precision=0.5, recall=0.1):
         pattern = re.compile(regex)
     except re.error as error:
         raise ValueError(f"--search {regex!r} is not a regular expression: {error}") from None
-    found = detect(recording, matches(run.data.texts(recording.tokens), pattern), [regex])
-    total = int(found.total[0])
+    found = detect_one(recording, matches(run.data.texts(recording.tokens), pattern) == 0)
+    total = int(found.total)
     rows = []
     codes = []
     lines = ["code             precision  recall      F1"]
-    for rank, i in enumerate(np.argsort(-found.f1[:, 0], kind="stable")):
+    for rank, i in enumerate(np.argsort(-found.f1, kind="stable")):
         row = {
             "code": str(recording.names[i]),
             "precision": found.precision[i].item(),

@@ -30,9 +30,9 @@ STUDENTS_T = 2.776  # and the t of so many for a 95 % interval
 # -- accuracies
 
 
-def transition_accuracy(fsm, model, generator=None, n=100):
-    """Of n sequences sampled from BOS alone, the share of transitions that the machine allows."""
-    start = fsm.prompt("").repeat(n, 1).to(model.device)
+def transition_accuracy(fsm, model, generator=None):
+    """Of 100 sequences sampled from BOS alone, the share of transitions that the machine allows."""
+    start = fsm.prompt("").repeat(100, 1).to(model.device)
     tokens = model.generate(start, model.config.block_size, generator=generator)
     states = fsm.decode(tokens[:, 1:])
     return float(fsm.allowed(states).mean())
@@ -87,8 +87,8 @@ def steer(fsm, model, tokens, b, intervene, generator=None, temperature=1.0, top
     that makes a context manager, such as partial(force, model, codes, position). What was done for
     earlier digits stays in place.
 
-    Returns tokens (n, T + digits), and the logits of the digits, (2, digits, n, vocab_size): of
-    the runs, and of b's own.
+    Returns tokens (n, T + digits); the logits of the digits, (2, digits, n, vocab_size): of the
+    runs, and of b's own; and what intervene returned.
     """
     tokens = tokens.to(model.device)
     b_run = fsm.runs(b).to(model.device)
@@ -105,7 +105,7 @@ def steer(fsm, model, tokens, b, intervene, generator=None, temperature=1.0, top
         new = choose(steered, temperature, top_k, generator)
         tokens = torch.cat((tokens, new), dim=1)
         b_run = torch.cat((b_run, new), dim=1)
-    return tokens, torch.stack(logits, dim=1)
+    return tokens, torch.stack(logits, dim=1), edits
 
 
 def copy_codes(model, sites, random=None):
@@ -182,7 +182,7 @@ def control(fsm, model, tokens, b, intervene, generator=None):
     n_follow = 0
     divergence = 0.0
     for part in torch.arange(len(b)).split(4096):
-        after, logits = steer(fsm, model, tokens[part], b[part], intervene, generator)
+        after, logits, _ = steer(fsm, model, tokens[part], b[part], intervene, generator)
         state = fsm.decode(after[:, -fsm.digits :])  # (n, 1)
         n_follow += int(fsm.allowed(np.insert(state, 0, b[part], axis=1)).sum())
         of_runs, own = logits.softmax(-1)  # (digits, n, vocab_size) each
@@ -190,11 +190,11 @@ def control(fsm, model, tokens, b, intervene, generator=None):
     return {"control": n_follow / len(b), "jsd": divergence / len(b)}
 
 
-def pairs(fsm, most=10_000):
-    """All pairs of different states a, b, or so many of them, always the same: two arrays (n,)."""
+def pairs(fsm):
+    """All pairs of different states a, b, or 10,000 of them, always the same: two arrays (n,)."""
     every = np.flatnonzero(~np.eye(fsm.n_states, dtype=bool))
-    if len(every) > most:
-        every = np.random.default_rng(0).permutation(every)[:most]
+    if len(every) > 10_000:
+        every = np.random.default_rng(0).permutation(every)[:10_000]
     return divmod(every, fsm.n_states)
 
 
@@ -219,7 +219,10 @@ def control_study(run, n_pairs=400):
     generator = torch.Generator(run.model.device).manual_seed(0)
     rng = np.random.default_rng(0)
     forced = forced_codes(run, generator, rng)
-    shifts = mean_differences(run, rng)
+    shifts = {}  # by layer, of the dense model, if there is one and room for a context
+    if run.dense and run.config.block_size >= 3 * run.fsm.digits:
+        for layer in range(run.config.n_layer):
+            shifts[layer] = add_mean_difference(run.fsm, run.dense, layer, rng)
     samples = defaultdict(list)  # figures by way and place
     for _ in tqdm(range(N_SEEDS), desc="control", leave=False, disable=None):
         drawn = draw_pairs(run, n_pairs, rng)
@@ -251,15 +254,6 @@ def forced_codes(run, generator, rng):
     ways["random_code"] = copy(sites, random=generator)
     ways["wrong_state"] = wrong_state(run.fsm, ways["all"], rng)
     return ways
-
-
-def mean_differences(run, rng):
-    """{layer: intervene} for the dense model, if there is one and room for a context."""
-    shifts = {}
-    if run.dense and run.config.block_size >= 3 * run.fsm.digits:
-        for layer in range(run.config.n_layer):
-            shifts[layer] = add_mean_difference(run.fsm, run.dense, layer, rng)
-    return shifts
 
 
 def draw_pairs(run, n_pairs, rng):

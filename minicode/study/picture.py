@@ -37,18 +37,13 @@ def picture(run, recording, kinds, path):
     given = 1 + (n_states + 1) // 2 * fsm.digits
     prompt = torch.from_numpy(recording.tokens[:1, :given])
     a = fsm.decode(prompt[0, 1:])[-1]
+    # the state whose successors are the least like those of a: what comes next tells them apart
     in_common = fsm.transition_matrix @ fsm.transition_matrix[a]
     b = in_common.argmin()
     generator = torch.Generator(run.model.device).manual_seed(0)
-    copy = copy_codes(run.model, run.sites())
-    edits = []
 
-    def intervene(tokens, b_run):
-        edits.append(copy(tokens, b_run))
-        return edits[-1]
-
-    def go_on(tokens):
-        """The sequence to its end, with its codes, under the edits so far."""
+    def go_on(tokens, edits=()):
+        """The sequence to its end, with its codes, under these edits."""
         n_new = 1 + n_states * fsm.digits - tokens.shape[1]
         with ExitStack() as stack:
             for edit in edits:
@@ -58,9 +53,10 @@ def picture(run, recording, kinds, path):
 
     sheet = Sheet(fsm, recording, best_labels(recording, kinds), given)
     sheet.panel(106, go_on(prompt), a, f"Left alone in state {fsm.name(a)}")
-    steered, _ = steer(fsm, run.model, prompt, [b], intervene, generator)
+    copy = copy_codes(run.model, run.sites())
+    steered, _, edits = steer(fsm, run.model, prompt, [b], copy, generator)
     heading = f"The same, but in orange the codes of state {fsm.name(b)} are forced"
-    sheet.panel(106 + PANEL, go_on(steered), b, heading, steered=True)
+    sheet.panel(106 + PANEL, go_on(steered, edits), b, heading, steered=True)
     write(path, sheet.svg())
     return {"picture": str(path)}, f"wrote {path}"
 
@@ -114,8 +110,7 @@ class Sheet(Drawing):
         may = " ".join(map(fsm.name, fsm.successors[state][:10]))
         right = "right" if new in fsm.successors[state] else "wrong"
         follow = f"{fsm.name(state)} may be followed by {may}"
-        went_on = f"{follow}. The network went on to {fsm.name(new)}: {right}."
-        self.text(0, y + PANEL - 44, went_on)
+        self.text(0, y + PANEL - 44, f"{follow}. The network went on to {fsm.name(new)}: {right}.")
 
     def name(self, y, site, head):
         """Where a row's codes are, in two lines."""

@@ -11,6 +11,23 @@ from minicode.study.detectors import best_labels, codes_against_neurons, detect,
 from minicode.study.machine import control_study
 from minicode.study.page import page, write_report
 
+# What is compared, in words.
+STEERED = {
+    "before": "left alone",
+    "after": "its codes forced",
+    "random": "as many random codes forced",
+    "logit_bias": "2 nats added to its words' logits",
+}
+WHERE = {"first": "at the first state", "inside": "inside a sequence"}
+WAYS = {  # of control; any other is a site
+    "none": "no codes (left alone)",
+    "all_mlp": "codes of b, all MLPs",
+    "all": "codes of b, all sites",
+    "random_code": "random codes",
+    "wrong_state": "codes of a wrong state",
+    "mean_difference": "dense model, mean difference",
+}
+
 
 def study(run, recording, kinds, topics, budget, folder):
     """Every measure that there is for this run; its figures go to a folder too, if there is one.
@@ -65,7 +82,7 @@ def best_codes(recording, labels):
 def draw(result, points):
     """The figures, by name: (svg, caption)."""
     svg = figures.scatter(
-        [point[:2] for point in points],
+        points,
         title="Codes against neurons as detectors",
         x="precision of the best neuron",
         y="precision of the best code",
@@ -80,34 +97,18 @@ def draw(result, points):
         drawn["control"] = draw_control(result["control"])
     if "steering" in result:
         rows = result["steering"]["topics"]
-        series = {
-            "left alone": [row["before"] for row in rows.values()],
-            "its codes forced": [row["after"] for row in rows.values()],
-            "as many random codes forced": [row["random"] for row in rows.values()],
-            "2 nats added to its words' logits": [row["logit_bias"] for row in rows.values()],
-        }
+        series = {}
+        for way, text in STEERED.items():
+            series[text] = [row[way] for row in rows.values()]
         text = {"title": "Steering by topic", "x": "share of texts that mention the topic"}
         svg = figures.bars(list(rows), series, **text)
         drawn["steering"] = (svg, "Generated texts that mention a topic, by what is forced.")
     return drawn
 
 
-WHERE = {"first": "at the first state", "inside": "inside a sequence"}
-
-
 def in_words(control):
     """What control_study found, by what is forced in words: {words: {where: figures}}."""
-    only = {way: f"codes of b at {way} only" for way in control if "." in way}
-    words = {
-        "all": "codes of b, all sites",
-        "all_mlp": "codes of b, all MLPs",
-        **only,
-        "random_code": "random codes",
-        "wrong_state": "codes of a wrong state",
-        "none": "no codes (left alone)",
-        "mean_difference": "dense model, mean difference",
-    }
-    return {text: control[way] for way, text in words.items() if way in control}
+    return {WAYS.get(way, f"codes of b at {way} only"): found for way, found in control.items()}
 
 
 def draw_control(control):
@@ -135,13 +136,18 @@ def draw_control(control):
 def measures(result):
     """The figures of a result as rows for people: (name, value, note)."""
     found = result["detectors"]
-    code = f"{found['code_precision']:.3f}"
-    neuron = f"{found['neuron_precision']:.3f}"
-    wins = f"{found['code_wins']:.1%}"
     rows = [
-        ("code precision", code, "the best code of each feature, on average"),
-        ("neuron precision", neuron, "the best neuron of each, at the same recall"),
-        ("code wins", wins, "features whose code is more precise"),
+        (
+            "code precision",
+            f"{found['code_precision']:.3f}",
+            "the best code of each feature, on average",
+        ),
+        (
+            "neuron precision",
+            f"{found['neuron_precision']:.3f}",
+            "the best neuron of each, at the same recall",
+        ),
+        ("code wins", f"{found['code_wins']:.1%}", "features whose code is more precise"),
     ]
     if "states_with_code" in found:
         share = f"{found['states_with_code']:.1%}"
