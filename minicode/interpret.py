@@ -30,6 +30,10 @@ def main(argv=None):
         run = load_run(args.run or latest_run())
         run.sites()
         check_budget(args.budget)
+        for name in ("precision", "recall"):
+            share = getattr(args, name)
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, not {share}")
         topics = steered(run, args.steer)
         tokens, kinds = held_out(run)
         recording = record_codes(run.model, tokens)

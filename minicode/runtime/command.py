@@ -23,7 +23,10 @@ def table(summary, others, names):
     for name in names:
         line = f"{name:25}"
         for title, figures in columns.items():
-            cell = f"{figures[name]:.4f}" if name in figures else "-"
+            cell = "-"
+            if name in figures:
+                figure = figures[name]
+                cell = f"{figure:.4f}" if abs(figure) < 1e9 else f"{figure:.3g}"
             line += f"   {cell:>{len(title)}}"
         lines.append(line)
     return "\n".join(lines)
@@ -86,7 +89,7 @@ def command(argv, name, about, kind, presets, out, compare):
         print(f"{data}; codebooks at {', '.join(config.sites()) or 'no site'}", flush=True)
     try:
         summary = train(session)
-    except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
+    except (ArithmeticError, ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     processes.leave()
     if summary is None:
