@@ -223,7 +223,7 @@ class Codebook(CodesFromData, nn.Module):
     def count(self, ids):
         """How often ids (..., G, k) name each code: (G, C); -1 names none."""
         rows = self._rows(ids.clamp_min(0)).flatten()
-        count = torch.zeros_like(self.usage, dtype=torch.float32)
+        count = torch.zeros_like(self.usage)
         count.view(-1).index_add_(0, rows, (ids >= 0).flatten().to(count.dtype))
         return count
 

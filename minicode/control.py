@@ -15,7 +15,6 @@ from minicode.model import evaluating
 from minicode.notation import Code, codebook_of
 from minicode.runtime.arguments import whole
 
-WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # what ids may be
 GENERATED = "generated"  # the positions at which the tokens after the prompt are sampled
 
 
@@ -254,13 +253,13 @@ def _read_ids(model, codes, position):
         codebook = codebook_of(model, site, site)
         try:
             ids = torch.as_tensor(ids)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{site}: ids must be whole numbers: {error}") from None
-        if ids.dim() not in (2, 3) or ids.shape[-2] != codebook.groups:
+            torch.iinfo(ids.dtype)  # a TypeError unless they are whole numbers
+        except (TypeError, ValueError, RuntimeError):
+            whole_ones = "whole numbers, at least one for each group"
+            raise ValueError(f"{site}: ids must be {whole_ones}") from None
+        if ids.dim() not in (2, 3) or ids.shape[-2] != codebook.groups or not ids.shape[-1]:
             wanted = f"({codebook.groups}, k) or (B, {codebook.groups}, k)"
             raise ValueError(f"{site}: ids must be {wanted}, not {tuple(ids.shape)}")
-        if ids.dtype not in WHOLE or not ids.shape[-1]:
-            raise ValueError(f"{site}: ids must be whole numbers, at least one for each group")
         most = codebook.n_codes - 1
         if ids.numel() and not 0 <= ids.min() <= ids.max() <= most:
             found = f"{ids.min()} to {ids.max()}"

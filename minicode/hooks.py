@@ -71,7 +71,7 @@ def attach(
         raise ValueError("attach before torch.compile: a compiled model doesn't see new hooks")
     if codebooks(model):
         raise ValueError("this model has codebooks already: detach(model) takes them out")
-    skip = skip if skip is None else whole("skip", skip, least=0)
+    skip = skip and whole("skip", skip, least=0)
     how = {"similarity": similarity, "selection": selection, "relative": True}
     positions = Positions()
     positions.as_they_come = None if is_causal(model) else skip or 0

@@ -19,7 +19,6 @@ from minicode.codebook import Codebook, Positions, codebooks
 from minicode.runtime.arguments import SELECTIONS, SIMILARITIES, check_range, whole
 from minicode.runtime.options import check_options, option
 
-MOST = 1_000_001  # what sizes must be below, so that one that is none is known by its name
 # In the order in which a block runs through them.
 SITES = ("head", "attn", "mlp_mid", "mlp", "block")
 
@@ -27,10 +26,10 @@ SITES = ("head", "attn", "mlp_mid", "mlp", "block")
 @dataclass
 class GPTConfig:
     vocab_size: int = option(11, "tokens in the vocabulary", flag=False, least=1)
-    block_size: int = option(128, "tokens in a sequence", section="the model", least=1, below=MOST)
+    block_size: int = option(128, "tokens in a sequence", section="the model", least=1)
     n_layer: int = option(2, "transformer blocks", least=1, below=10_001)
     n_head: int = option(4, "attention heads a block", least=1)
-    n_embd: int = option(64, "dimensions of the residual stream", least=1, below=MOST)
+    n_embd: int = option(64, "dimensions of the residual stream", least=1)
     codebooks: str = option(
         "head,mlp",
         "sites with codebooks, of head,attn,mlp_mid,mlp,block; or none",

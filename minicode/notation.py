@@ -32,7 +32,7 @@ class Code:
     @classmethod
     def parse(cls, text, model):
         """The code that a text names, if the model has it; else a ValueError that says what is."""
-        match = NOTATION.fullmatch(str(text))
+        match = isinstance(text, str) and NOTATION.fullmatch(text)
         if not match or text in codebooks(model):
             wanted = "mlp.LAYER.CODE or head.LAYER.HEAD.CODE, and @POSITION for one position"
             raise ValueError(f"{text!r} is not a code: write {wanted}, as in mlp.1.527@4")

@@ -17,7 +17,7 @@ from minicode.fsm import FSM
 from minicode.language.pretrained import FOLDER as PRETRAINED
 from minicode.language.pretrained import Pretrained
 from minicode.language.text import Text
-from minicode.model import GPT, MOST, GPTConfig
+from minicode.model import GPT, GPTConfig
 from minicode.runtime.files import check_tensors, figures, read_json, read_tensors, reading, write
 from minicode.runtime.options import option
 
@@ -41,9 +41,7 @@ FILES = (
 @dataclass
 class TrainConfig(GPTConfig):
     steps: int = option(4000, "training steps", section="training", least=1)
-    batch_size: int = option(
-        16, "sequences in a batch, of all processes together", least=1, below=MOST
-    )
+    batch_size: int = option(16, "sequences in a batch, of all processes together", least=1)
     lr: float = option(4e-3, "peak learning rate; warm-up, then a cosine to a tenth of it", least=0)
     seed: int = option(
         0, "seed of everything but the data: weights, batches, k-means", least=0, below=2**63
