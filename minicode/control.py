@@ -208,7 +208,7 @@ def put_in(ids, forced):
 @contextmanager
 def _edit(model, codes, position, kind):
     if position not in (None, GENERATED):
-        position = whole("position", position, least=-(2**31))
+        position = whole("position", position, least=-(2**63))
     read = _read_ids if isinstance(codes, dict) else _read_names
     edits = [(book, _Edit(kind, *edit)) for book, *edit in read(model, codes, position)]
     try:

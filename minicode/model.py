@@ -207,7 +207,7 @@ class GPT(nn.Module):
         """
         # The last token is not run through the model.
         room = max(0, self.config.block_size + 1 - tokens.shape[-1])
-        if whole("max_new_tokens", max_new_tokens, least=0, below=2**63) > room:
+        if whole("max_new_tokens", max_new_tokens, least=0) > room:
             raise ValueError(f"the prompt leaves room for {room} tokens, not for {max_new_tokens}")
         cache = {}
         with evaluating(self):

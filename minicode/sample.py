@@ -23,8 +23,8 @@ from minicode.study import demonstration
 
 RANGES = {  # least, and what it has to be below
     "num_samples": (1, 10_001),
-    "max_new_tokens": (1, 2**31),
-    "top_k": (1, 2**31),
+    "max_new_tokens": (1, 2**63),
+    "top_k": (1, 2**63),
     "temperature": (0, 1e38),
     "seed": (0, 2**63),
 }

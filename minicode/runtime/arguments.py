@@ -16,7 +16,7 @@ def check_range(name, value, least=None, below=None):
         raise ValueError(f"{name} must be below {below}, not {value}")
 
 
-def whole(name, value, least=1, below=2**31):
+def whole(name, value, least=1, below=2**63):
     """A whole number of any kind, NumPy's too, as an int; TypeError or ValueError, by name."""
     try:
         number = operator.index(value)

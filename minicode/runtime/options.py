@@ -7,7 +7,7 @@ from dataclasses import field, fields
 from minicode.runtime import processes
 from minicode.runtime.arguments import check_one_of, check_range
 
-TOO_MUCH = {int: 2**31, float: 1e38}  # where an option has no limit of its own
+TOO_MUCH = {int: 2**63, float: 1e38}  # where an option has no limit of its own
 
 
 def option(default, help, flag=True, section=None, **valid):
