@@ -15,6 +15,7 @@ from pathlib import Path
 
 from minicode.language.topics import BUDGET, check_budget, find_topic
 from minicode.notation import Code
+from minicode.runtime.arguments import check_range
 from minicode.runtime.options import Parser
 from minicode.runtime.runs import latest_run, load_run
 from minicode.study.detectors import held_out, record_codes
@@ -31,9 +32,7 @@ def main(argv=None):
         run.sites()
         check_budget(args.budget)
         for name in ("precision", "recall"):
-            share = getattr(args, name)
-            if not 0 <= share <= 1:
-                raise ValueError(f"{name} must be from 0 to 1, not {share}")
+            check_range(name, getattr(args, name), least=0, below=1e38)
         topics = steered(run, args.steer)
         tokens, kinds = held_out(run)
         recording = record_codes(run.model, tokens)
