@@ -38,8 +38,8 @@ def main(argv=None):
     for idea in args.only or []:
         if idea not in table.rows:
             parser.error(f"there is no idea {idea!r}; there are: {', '.join(table.rows)}")
-    if args.seeds < 1:
-        parser.error("--seeds must be at least 1")
+    if not 1 <= args.seeds <= 1000:
+        parser.error("--seeds must be from 1 to 1000")
     if args.data and args.table != "text":
         parser.error("--data goes with the table text alone")
     steps = table.steps if args.steps is None else args.steps

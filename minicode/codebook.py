@@ -11,19 +11,24 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from minicode.runtime import processes
-from minicode.runtime.arguments import SELECTIONS, check_one_of
+from minicode.runtime.arguments import SELECTIONS, SIMILARITIES, check_floats, check_one_of, whole
 from minicode.start import CodesFromData
 from minicode.topk import topk_codes
 
-# What a codebook keeps of its last pass, and who takes part in it; a copy of it begins with these.
-OF_A_PASS = {
-    "control": None,  # minicode.control puts itself here, to force and block codes
-    "listeners": (),  # and here what is called after each pass, to record it
-    "ids": None,
-    "autoencoding": None,
-    "commitment": None,
-    "inputs": None,  # (N, G, d) of the last training batch: what revive() draws from
-}
+
+def of_a_pass():
+    """What a codebook keeps of its last pass, and who takes part in it; a copy begins with these.
+
+    The terms of the loss are zero then: numbers on a CPU, which torch adds to tensors anywhere.
+    """
+    return {
+        "control": None,  # minicode.control puts itself here, to force and block codes
+        "listeners": (),  # and here what is called after each pass, to record it
+        "ids": None,
+        "autoencoding": torch.zeros((), device="cpu"),
+        "commitment": torch.zeros((), device="cpu"),
+        "inputs": None,  # (N, G, d) of the last training batch: what revive() draws from
+    }
 
 
 class Positions:
@@ -66,7 +71,7 @@ class Codebook(CodesFromData, nn.Module):
     sum, as the paper does). With groups=H each head's slice has a codebook of its own; all of them
     are one (G, C, d) tensor, searched in one call. All is in float32 under autocast.
 
-    similarity    "cosine" as in the paper, "distance" (nearest code) or "dot"
+    similarity    "distance" (the nearest code), "dot" or, as in the paper, "cosine"
     selection     "pursuit": the code most similar to a, then the one most similar to what is left,
                   and so on; or, as in the paper, "nearest": the k most similar to a, which are
                   near-copies of each other, and their sum blurred. The same for k = 1
@@ -78,8 +83,10 @@ class Codebook(CodesFromData, nn.Module):
                   through untouched (Positions.skip)
     autoencoding  in training, mean |q - stop_gradient(a)|² an element (section 2.2): moves codes
     commitment    in training, mean |a - stop_gradient(q)|² an element: moves activations
-    The training loop adds these two to its loss. Codes learn by gradient: that of `autoencoding`,
-    and that of the task's loss, through q.
+    The training loop adds these two to its loss: zero in evaluation, while switched off, of an
+    empty batch and before the first pass. Codes learn by gradient: that of `autoencoding`, and that
+    of the task's loss, through q. Those that begin at random mostly die: `start` and `revive`.
+    ValueError names the argument that is out of range.
     """
 
     def __init__(
@@ -88,19 +95,20 @@ class Codebook(CodesFromData, nn.Module):
         dim,
         k=1,
         groups=1,
-        similarity="cosine",
+        similarity="distance",
         layer_norm=False,
         selection="pursuit",
         relative=False,
     ):
         super().__init__()
-        if not 1 <= k <= n_codes:
+        self.n_codes = whole("n_codes", n_codes)
+        self.dim = whole("dim", dim)
+        self.k = whole("k", k)
+        self.groups = whole("groups", groups)
+        if k > n_codes:
             raise ValueError(f"k must be from 1 to the {n_codes} codes of the codebook, not {k}")
+        check_one_of("similarity", similarity, SIMILARITIES)
         check_one_of("selection", selection, SELECTIONS)
-        self.n_codes = n_codes
-        self.dim = dim
-        self.k = k
-        self.groups = groups
         self.similarity = similarity
         self.layer_norm = layer_norm
         self.selection = selection
@@ -108,17 +116,19 @@ class Codebook(CodesFromData, nn.Module):
         self.enabled = True
         self.name = None  # such as "mlp.1", where the model gives it one
         self.positions = Positions()  # one object for all codebooks of a model, if it sets them
-        vars(self).update(OF_A_PASS)
-        self.codes = nn.Parameter(torch.randn(groups, n_codes, dim))
+        vars(self).update(of_a_pass())
+        # In float32 even where torch's default is half: see _apply.
+        self.codes = nn.Parameter(torch.randn(groups, n_codes, dim, dtype=torch.float32))
         # How often each code was chosen in training, by all processes, since the last revival.
-        self.register_buffer("usage", torch.zeros(groups, n_codes))
+        self.register_buffer("usage", torch.zeros(groups, n_codes, dtype=torch.float32))
 
     def __getstate__(self):
         """What a copy gets, here or in another process: nothing of the last pass."""
-        return {**self.__dict__, **OF_A_PASS}
+        return {**self.__dict__, **of_a_pass()}
 
     def forward(self, x):
         if not self.enabled:
+            self.learn_nothing()
             return x
         kept = self.positions.kept(x)
         out = self.replace(x) if kept is None else self.replace_kept(x, kept)
@@ -145,28 +155,39 @@ class Codebook(CodesFromData, nn.Module):
             q = self.sum_codes(self.ids)  # (..., G, d)
             if self.training:
                 self.learn(a, q)
+            else:
+                self.learn_nothing()
             return self.pass_on(a, q).flatten(-2).to(x.dtype)
 
     def learn(self, a, q):
         """What training needs of a pass: the two errors, how often each code was chosen."""
         if self.positions.with_gradients and not torch.is_grad_enabled():
             raise ValueError("checkpoint activations with use_reentrant=False: codes learn nothing")
-        scale = self.scale(a.detach()) if self.relative else 1
-        self.autoencoding = F.mse_loss(q, a.detach()) / scale
-        self.commitment = F.mse_loss(a, q.detach()) / scale
-        self.inputs = a.detach().reshape(-1, self.groups, self.dim)
+        if a.numel():
+            scale = self.scale(a.detach()) if self.relative else 1
+            self.autoencoding = F.mse_loss(q, a.detach()) / scale
+            self.commitment = F.mse_loss(a, q.detach()) / scale
+            self.inputs = a.detach().reshape(-1, self.groups, self.dim)
+        else:  # which has no mean
+            self.learn_nothing()
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             # Not when a checkpoint of the activations is run again, within the backward pass.
             self.usage += processes.add_up(self.count(self.ids))
 
+    def learn_nothing(self):
+        """No term of the loss is left of a pass before."""
+        self.autoencoding = self.codes.new_zeros(())
+        self.commitment = self.codes.new_zeros(())
+
     def scale(self, a):
         """The variance of activations a (..., G, d); of a single one, its mean square."""
-        rows = a.flatten(0, -3)
+        rows = a.reshape(-1, *a.shape[-2:])
         spread = rows.var(0, correction=0) if len(rows) > 1 else rows.square()
         return spread.mean().clamp_min(1e-12)
 
     def activations(self, x):
         """What is searched for: x (..., groups * dim) as (..., G, d)."""
+        check_floats("a codebook's input", x)
         width = self.groups * self.dim
         if x.shape[-1:] != (width,):
             raise ValueError(f"a codebook's inputs must be (..., {width}), not {tuple(x.shape)}")
@@ -202,7 +223,7 @@ class Codebook(CodesFromData, nn.Module):
     def count(self, ids):
         """How often ids (..., G, k) name each code: (G, C); -1 names none."""
         rows = self._rows(ids.clamp_min(0)).flatten()
-        count = torch.zeros_like(self.usage, dtype=torch.float32)
+        count = torch.zeros_like(self.usage)
         count.view(-1).index_add_(0, rows, (ids >= 0).flatten().to(count.dtype))
         return count
 

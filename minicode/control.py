@@ -5,7 +5,6 @@ sequences, those between it and the last their positions. How a code is written:
 """
 
 import math
-import operator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ import torch
 from minicode.codebook import codebooks
 from minicode.model import evaluating
 from minicode.notation import Code, codebook_of
+from minicode.runtime.arguments import whole
 
 GENERATED = "generated"  # the positions at which the tokens after the prompt are sampled
 
@@ -153,6 +153,8 @@ class _Control:
     def __call__(self, codebook, a):
         """Ids (..., G, k) for a (..., G, d)."""
         check_alone(codebook)
+        if not a.numel() and codebook.positions.skip is None:  # an empty batch
+            return codebook.search(a)
         places = _Places.of(codebook.positions, a)
         rows = a.reshape(-1, *a.shape[-2:])  # (N, G, d)
         forced = {edit: edit.at(places) for edit in self.edits if edit.kind == "forced"}
@@ -206,7 +208,7 @@ def put_in(ids, forced):
 @contextmanager
 def _edit(model, codes, position, kind):
     if position not in (None, GENERATED):
-        position = operator.index(position)
+        position = whole("position", position, least=-(2**63))
     read = _read_ids if isinstance(codes, dict) else _read_names
     edits = [(book, _Edit(kind, *edit)) for book, *edit in read(model, codes, position)]
     try:
@@ -226,7 +228,9 @@ def _edit(model, codes, position, kind):
 
 def unreached(codebook, edit):
     """Why an edit of a position had no effect."""
-    reason = f"no input has a position {edit.position}"
+    reason = "there was no input"
+    if edit.position is not None:
+        reason = f"no input has a position {edit.position}"
     if codebook.positions.skip is not None:
         reason += ", but for those that pass through untouched (padding, and a row's first token)"
     return reason
@@ -247,12 +251,15 @@ def _read_ids(model, codes, position):
     """A dict {"mlp.1": ids (G, k) or (B, G, k)}: a codebook, and what an _Edit holds, for each."""
     for site, ids in codes.items():
         codebook = codebook_of(model, site, site)
-        ids = torch.as_tensor(ids)
-        if ids.dim() not in (2, 3) or ids.shape[-2] != codebook.groups:
+        try:
+            ids = torch.as_tensor(ids)
+            torch.iinfo(ids.dtype)  # a TypeError unless they are whole numbers
+        except (TypeError, ValueError, RuntimeError):
+            whole_ones = "whole numbers, at least one for each group"
+            raise ValueError(f"{site}: ids must be {whole_ones}") from None
+        if ids.dim() not in (2, 3) or ids.shape[-2] != codebook.groups or not ids.shape[-1]:
             wanted = f"({codebook.groups}, k) or (B, {codebook.groups}, k)"
             raise ValueError(f"{site}: ids must be {wanted}, not {tuple(ids.shape)}")
-        if ids.is_floating_point() or not ids.shape[-1]:
-            raise ValueError(f"{site}: ids must be whole numbers, at least one for each group")
         most = codebook.n_codes - 1
         if ids.numel() and not 0 <= ids.min() <= ids.max() <= most:
             found = f"{ids.min()} to {ids.max()}"

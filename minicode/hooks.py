@@ -14,6 +14,7 @@ from torch import nn
 
 from minicode.codebook import Codebook, Positions, codebooks
 from minicode.model import evaluating
+from minicode.runtime.arguments import whole
 from minicode.runtime.progress import bar
 
 # Where a block of a Hugging Face model has its sites. `head` is what goes into the projection of
@@ -70,6 +71,7 @@ def attach(
         raise ValueError("attach before torch.compile: a compiled model doesn't see new hooks")
     if codebooks(model):
         raise ValueError("this model has codebooks already: detach(model) takes them out")
+    skip = skip and whole("skip", skip, least=0)
     how = {"similarity": similarity, "selection": selection, "relative": True}
     positions = Positions()
     positions.as_they_come = None if is_causal(model) else skip or 0
@@ -323,9 +325,11 @@ def start_codebooks(model, *inputs, generator=None, **named):
 
     Each is started as the pass comes to it: on what the codebooks before it make of the sample. The
     sample is one batch, best of 32 tokens for each code or more; what passes through untouched
-    doesn't count. ValueError for fewer tokens than codes, or a codebook that never came.
+    doesn't count. ValueError for fewer tokens than codes, a codebook that never came, or none.
     """
     waiting = {codebook: name for name, codebook in codebooks(model).items()}
+    if not waiting:
+        raise ValueError(f"{type(model).__name__} holds no codebook: there is nothing to start")
     were_on = {codebook: codebook.enabled for codebook in waiting}
 
     def start(codebook, arguments):

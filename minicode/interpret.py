@@ -15,6 +15,7 @@ from pathlib import Path
 
 from minicode.language.topics import BUDGET, check_budget, find_topic
 from minicode.notation import Code
+from minicode.runtime.arguments import check_range
 from minicode.runtime.options import Parser
 from minicode.runtime.runs import latest_run, load_run
 from minicode.study.detectors import held_out, record_codes
@@ -30,6 +31,8 @@ def main(argv=None):
         run = load_run(args.run or latest_run())
         run.sites()
         check_budget(args.budget)
+        for name in ("precision", "recall"):
+            check_range(name, getattr(args, name), least=0, below=1e38)
         topics = steered(run, args.steer)
         tokens, kinds = held_out(run)
         recording = record_codes(run.model, tokens)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minicode.codebook import Codebook, Positions, codebooks
-from minicode.runtime.arguments import SELECTIONS, SIMILARITIES
+from minicode.runtime.arguments import SELECTIONS, SIMILARITIES, check_range, whole
 from minicode.runtime.options import check_options, option
 
 # In the order in which a block runs through them.
@@ -27,7 +27,7 @@ SITES = ("head", "attn", "mlp_mid", "mlp", "block")
 class GPTConfig:
     vocab_size: int = option(11, "tokens in the vocabulary", flag=False, least=1)
     block_size: int = option(128, "tokens in a sequence", section="the model", least=1)
-    n_layer: int = option(2, "transformer blocks", least=1)
+    n_layer: int = option(2, "transformer blocks", least=1, below=10_001)
     n_head: int = option(4, "attention heads a block", least=1)
     n_embd: int = option(64, "dimensions of the residual stream", least=1)
     codebooks: str = option(
@@ -182,6 +182,8 @@ class GPT(nn.Module):
         return [block.mlp.mlp_mid_codebook for block in self.h]
 
     def forward(self, tokens, targets=None, cache=None):
+        if tokens.dim() != 2 or not tokens.shape[1]:
+            raise ValueError(f"tokens must be (B, T), T at least 1, not {tuple(tokens.shape)}")
         past = cache[self.h[0].attn][0].shape[2] if cache else 0
         end = past + tokens.shape[1]
         if end > self.config.block_size:
@@ -204,8 +206,8 @@ class GPT(nn.Module):
         temperature 0 takes the most probable token; top_k: drawn from so many, the most probable.
         """
         # The last token is not run through the model.
-        room = max(0, self.config.block_size + 1 - tokens.shape[1])
-        if max_new_tokens > room:
+        room = max(0, self.config.block_size + 1 - tokens.shape[-1])
+        if whole("max_new_tokens", max_new_tokens, least=0) > room:
             raise ValueError(f"the prompt leaves room for {room} tokens, not for {max_new_tokens}")
         cache = {}
         with evaluating(self):
@@ -218,10 +220,12 @@ class GPT(nn.Module):
 
 def choose(logits, temperature=1.0, top_k=None, generator=None):
     """Samples a token (B, 1) from logits (B, vocab_size); temperature 0 takes the most probable."""
+    check_range("temperature", temperature, least=0, below=1e38)
     if temperature < 1e-6:
         return logits.argmax(-1, keepdim=True)
     if top_k is not None:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        most = min(whole("top_k", top_k), logits.shape[-1])
+        kth = logits.topk(most).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     return torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
 

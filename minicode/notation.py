@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from minicode.codebook import codebooks
 
 # Site, and behind it group and code, or the code alone; position.
-NOTATION = re.compile(r"(\w+(?:\.\w+)*)\.(\d+)(?:@(-?\d{1,9}))?")
+NOTATION = re.compile(r"(\w+(?:\.\w+)*)\.(\d{1,9})(?:@(-?\d{1,9}))?")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Code:
     @classmethod
     def parse(cls, text, model):
         """The code that a text names, if the model has it; else a ValueError that says what is."""
-        match = NOTATION.fullmatch(text)
+        match = isinstance(text, str) and NOTATION.fullmatch(text)
         if not match or text in codebooks(model):
             wanted = "mlp.LAYER.CODE or head.LAYER.HEAD.CODE, and @POSITION for one position"
             raise ValueError(f"{text!r} is not a code: write {wanted}, as in mlp.1.527@4")
@@ -40,7 +40,7 @@ class Code:
         group = None
         before, _, last = site.rpartition(".")
         grouped = before in codebooks(model) or re.fullmatch(r"\w+\.\d+\.\d+", site)
-        if last.isdigit() and grouped and site not in codebooks(model):
+        if re.fullmatch(r"\d{1,9}", last) and grouped and site not in codebooks(model):
             site = before
             group = int(last)
         codebook = codebook_of(model, site, text)

@@ -16,13 +16,17 @@ import torch
 
 from minicode.control import GENERATED, block, force
 from minicode.language import topics
+from minicode.runtime.arguments import check_range
 from minicode.runtime.options import Parser
 from minicode.runtime.runs import latest_run, load_run
 from minicode.study import demonstration
 
-LEAST = {
-    **dict.fromkeys(("num_samples", "max_new_tokens", "top_k"), 1),
-    **dict.fromkeys(("temperature", "seed"), 0),
+RANGES = {  # least, and what it has to be below
+    "num_samples": (1, 10_001),
+    "max_new_tokens": (1, 2**63),
+    "top_k": (1, 2**63),
+    "temperature": (0, 1e38),
+    "seed": (0, 2**63),
 }
 
 
@@ -67,13 +71,11 @@ def make_parser():
 
 def check(args):
     """ValueError for flags out of range, or that don't go together."""
-    for name, least in LEAST.items():
+    for name, limits in RANGES.items():
         value = getattr(args, name)
-        if value is not None and not value >= least:
-            raise ValueError(f"{name} must be at least {least}, not {value}")
+        if value is not None:
+            check_range(name, value, *limits)
     topics.check_budget(args.budget)
-    if args.seed >= 2**63:
-        raise ValueError(f"seed must be below 2**63, not {args.seed}")
     if "" in args.force_code and len(args.force_code + args.block_code) > 1:
         raise ValueError("a bare --force-code is the demonstration, and goes with no other code")
 

@@ -50,9 +50,10 @@ class CodesFromData:
         """Sets the codes by k-means on recorded inputs (..., groups * dim).
 
         For k > 1 they are a k-th of the clusters' means to begin with, and then fitted to the
-        inputs: sums of means are blurred. ValueError where there are fewer inputs than codes.
+        inputs: sums of means are blurred. ValueError where there are fewer inputs than codes, or an
+        input is no number.
         """
-        inputs = self.activations(inputs).flatten(0, -3)  # (N, G, d)
+        inputs = self.activations(inputs).reshape(-1, self.groups, self.dim)  # (N, G, d)
         if len(inputs) < self.n_codes:
             needed = f"{self.n_codes} codes need as many inputs to start from"
             raise ValueError(f"{needed}, not {len(inputs)}")
@@ -143,9 +144,13 @@ class CodesFromData:
         In 16 lots, each drawn in proportion to the squared distance, to that power, from what was
         drawn before (k-means||, Bahmani et al. 2012): rare clusters get codes, and none gets many.
         """
+        if not (a.abs() < 1e10).all():  # so that squares, and what is made of them, are numbers
+            raise ValueError("codes come from inputs that are numbers below 1e10, and some are not")
         seeds = []
         for lot in torch.arange(n).tensor_split(min(16, n)):
-            weights = torch.ones_like(a[..., 0]) if nearest is None else nearest**power + 1e-12
+            weights = torch.ones_like(a[..., 0])
+            if nearest is not None:
+                weights = (nearest**power + 1e-12).clamp_max(1e30)
             drawn = rows_of(a, torch.multinomial(weights, len(lot), generator=generator))
             _, distance = self._nearest(a, drawn)
             nearest = distance if nearest is None else torch.minimum(nearest, distance)

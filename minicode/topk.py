@@ -13,7 +13,7 @@ the extension in csrc/ where it can be built and serves, else in PyTorch, chunk 
 import torch
 
 from minicode.runtime import extension, native
-from minicode.runtime.arguments import check_search
+from minicode.runtime.arguments import check_left, check_search
 from minicode.runtime.precision import float32_throughout
 
 
@@ -95,6 +95,8 @@ def _search(
     blocked: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     pursuit = selection == "pursuit" and k > 1
+    if blocked is not None:
+        check_left(blocked, k)
     with torch.autocast(x.device.type, enabled=False):
         if blocked is None and not pursuit and native.serves(x, k):
             return native.search(x, codes, k, similarity, scale_and_offset)

@@ -131,6 +131,8 @@ def pass_over(model, data, tokens):
         accuracy += right.item() * len(part) / len(tokens)
         for name, codebook in books.items():
             counts[name] += codebook.count(codebook.ids)
+    if not math.isfinite(loss):
+        raise FloatingPointError("the loss on held-out data is no number: try a lower --lr")
     return loss, accuracy, counts, errors
 
 

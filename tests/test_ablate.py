@@ -105,7 +105,7 @@ def test_a_table_with_a_method_replaced_is_made_once(tmp_path, monkeypatch, caps
         (["--only", "magic"], "there is no idea 'magic'; there are: the default"),
         (["magic"], "invalid choice: 'magic'"),
         (["--data", "x.txt"], "--data goes with the table text alone"),
-        (["--seeds", "0"], "must be at least 1"),
+        (["--seeds", "0"], "must be from 1 to 1000"),
         (["--steps", "0"], "must be at least 1"),
     ],
 )

@@ -1,5 +1,7 @@
 """Codebook against the plain formula, and what it does to its codes."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -156,6 +158,93 @@ def test_start_and_training_in_every_type(dtype):
     own = torch.float64 if dtype == torch.float64 else torch.float32
     assert book.codes.dtype == book.codes.grad.dtype == book.usage.dtype == own
     assert (book.usage.sum(1) == 1000).all()
+
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=DTYPES)
+def default(request):
+    """torch's default type."""
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [None, *DTYPES])
+def test_every_type_and_every_default(dtype, default):
+    """Started, trained, revived and evaluated, by inputs of any type, under autocast or not."""
+    torch.manual_seed(0)
+    for x_dtype in DTYPES:
+        for autocast in (False, True):
+            book = Codebook(20, 4, k=2, groups=2, relative=True)
+            if dtype:
+                book.to(dtype)
+            assert book.codes.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            x = torch.randn(300, 8, dtype=x_dtype)
+            optimizer = torch.optim.AdamW(book.parameters())
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                book.start(x)
+                out = book(x)
+                loss = out.float().square().mean() + book.autoencoding + book.commitment
+                loss.backward()
+                optimizer.step()
+                book.revive(optimizer)
+                book(x)
+                assert book.eval()(x).dtype == out.dtype == x_dtype
+            assert (book.usage.sum(1) == 600).all()
+            assert (book(x) - x).float().square().mean() < 0.3
+            assert book.autoencoding == 0
+
+
+def test_terms_of_the_loss_are_zero_where_nothing_is_learnt():
+    x = torch.randn(9, 4)
+    book = Codebook(6, 4)
+
+    def terms():
+        found = book.autoencoding, book.commitment
+        assert all(isinstance(term, torch.Tensor) and term.shape == () for term in found)
+        return [term.item() for term in found]
+
+    assert terms() == [0, 0]
+    total = book.autoencoding
+    total += 3  # in place: another codebook's is its own
+    assert Codebook(6, 4).autoencoding == 0
+    for off in (lambda: book.eval()(x), lambda: switched_off(book)(x), lambda: book(x[:0])):
+        book.enabled = True
+        book.train()
+        book(x)
+        assert min(terms()) > 0
+        assert copy.deepcopy(book).autoencoding == 0
+        off()
+        assert terms() == [0, 0]
+        (book.autoencoding + book.codes.sum()).backward()
+    with torch.device("meta"):
+        book = Codebook(6, 4)
+    book.to_empty(device="cpu")
+    assert terms() == [0, 0]
+
+
+def switched_off(book):
+    book.enabled = False
+    return book
+
+
+def test_the_default_is_the_nearest_code():
+    book = Codebook(2, 2)
+    book.codes.data = torch.tensor([[[1.0, 0.0], [9.0, 1.0]]])
+    book(torch.tensor([[1.0, 0.1]]))
+    assert book.ids.item() == 0  # by cosine it is 1
+    assert book.similarity == "distance"
+
+
+@pytest.mark.parametrize("shape", [(40,), (4, 10), (2, 4, 5)])
+def test_start_takes_any_leading_shape(shape):
+    x = torch.randn(40, 4)
+    one, other = Codebook(8, 2, groups=2), Codebook(8, 2, groups=2)
+    one.start(x, generator=torch.Generator().manual_seed(0))
+    other.start(x.view(*shape, 4), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(one.codes, other.codes)
 
 
 def test_pursuit_rebuilds_better_than_the_nearest():

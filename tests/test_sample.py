@@ -148,8 +148,17 @@ BAD_INPUT = [
     ("--max-new-tokens 0", "max_new_tokens must be at least 1"),
     ("--top-k 0", "top_k must be at least 1"),
     ("--seed -1", "seed must be at least 0, not -1"),
-    (f"--seed {2**63}", f"seed must be below 2**63, not {2**63}"),
-    (f"--seed {2**63} --force-code", f"seed must be below 2**63, not {2**63}"),
+    (f"--seed {2**63}", f"seed must be below {2**63}, not {2**63}"),
+    (f"--seed {2**63} --force-code", f"seed must be below {2**63}, not {2**63}"),
+    ("--temperature inf", "temperature must be below 1e+38, not inf"),
+    (f"--num-samples {10**30}", "num_samples must be below 10001"),
+    (f"--max-new-tokens {10**30}", "max_new_tokens must be below 9223372036854775808"),
+    (f"--top-k {10**30}", "top_k must be below 9223372036854775808"),
+    ("--budget nan", "budget must be a number of nats, at least 0, not nan"),
+    ("--budget inf", "budget must be a number of nats, at least 0, not inf"),
+    ("--force-code mlp.1." + "9" * 5000, "is not a code"),
+    ("--force-code mlp." + "9" * 5000 + ".1", "this model has no codebook at mlp.9"),
+    ("--force-code head.0." + "9" * 5000 + ".1", "this model has no codebook at head.0.9"),
 ]
 
 

@@ -1,6 +1,5 @@
 """What texts become when a topic's codes are forced, beside what else could have done it."""
 
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +8,7 @@ from tqdm import tqdm
 
 from minicode.codebook import codebooks
 from minicode.control import GENERATED, force
+from minicode.language.text import perplexity
 from minicode.language.topics import Effect, codes_of_topics
 from minicode.model import evaluating
 from minicode.notation import Code
@@ -58,7 +58,7 @@ def continuations(run, codes, words=()):
         with evaluating(judge):
             _, loss = judge(tokens[:, :-1], targets)
         losses.append(loss.item())
-    return texts, math.exp(np.mean(losses))
+    return texts, perplexity(np.mean(losses))
 
 
 def random_codes(run, effect, codes, rng):
@@ -133,9 +133,9 @@ def steer(run, effect, topic, codes, left_alone):
         "logit_bias": continuations(run, [], words),
     }
     row = {"codes": codes, "in_data": share_in_data(run, topic)}
-    for way, (texts, perplexity) in made.items():
+    for way, (texts, surprise) in made.items():
         row[way] = topic.count(texts) / len(texts)
-        row[f"perplexity_{way}"] = perplexity
+        row[f"perplexity_{way}"] = surprise
     return row
 
 

@@ -25,6 +25,11 @@ N_STORIES = 4000  # that the vocabulary is counted on
 N_WORDS = 200  # frequent words that codes may stand for
 
 
+def perplexity(loss):
+    """exp(loss), but for a loss so large that no float holds it: then about the largest float."""
+    return math.exp(min(loss, 709))
+
+
 @cache
 def first_stories():
     """(text, whether it is held out) of each story that the vocabulary is counted on."""
@@ -260,7 +265,7 @@ class Text:
         targets = tokens[:, 1:]
         n_bytes = sum(len(self.tokenizer.bytes[token]) for token in targets.flat)
         return {
-            "perplexity": math.exp(loss),
+            "perplexity": perplexity(loss),
             "bits_per_byte": float(loss / math.log(2) * targets.size / n_bytes),
             "loss_unigram": self.loss_unigram,
         }

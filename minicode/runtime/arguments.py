@@ -1,4 +1,6 @@
-"""What is wrong with the arguments of a search, said by name."""
+"""What is wrong with an argument, said by name: a number, or what a search is given."""
+
+import operator
 
 import torch
 
@@ -6,14 +8,32 @@ SIMILARITIES = ("cosine", "distance", "dot")  # in the order of csrc/topk.h
 SELECTIONS = ("pursuit", "nearest")
 
 
+def check_range(name, value, least=None, below=None):
+    """ValueError for a number that is out of range, as NaN is of every one."""
+    if least is not None and not value >= least:
+        raise ValueError(f"{name} must be at least {least}, not {value}")
+    if below is not None and not value < below:
+        raise ValueError(f"{name} must be below {below}, not {value}")
+
+
+def whole(name, value, least=1, below=2**63):
+    """A whole number of any kind, NumPy's too, as an int; TypeError or ValueError, by name."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, not {value!r}") from None
+    check_range(name, number, least, below)
+    return number
+
+
 def check_search(x, codes, k, similarity, selection, blocked):
     """TypeError or ValueError unless these are what topk_codes takes."""
-    _check_floats("x", x)
-    _check_floats("codes", codes)
+    check_floats("x", x)
+    check_floats("codes", codes)
     if codes.dim() not in (2, 3):
         raise ValueError(f"codes must be (C, d) or (G, C, d), not {tuple(codes.shape)}")
     tail = (*codes.shape[:-2], codes.shape[-1])  # (d,) or (G, d)
-    if tuple(x.shape[-len(tail) :]) != tail or x.shape[-1] == 0:
+    if tuple(x.shape[-len(tail) :]) != tail or 0 in tail:
         wanted = ", ".join(str(n) for n in tail)
         shapes = f"codes {tuple(codes.shape)}, not {tuple(x.shape)}"
         raise ValueError(f"x must be (..., {wanted}) to go with {shapes}")
@@ -34,12 +54,18 @@ def check_search(x, codes, k, similarity, selection, blocked):
             raise ValueError(f"blocked must be {wanted}, not {tuple(blocked.shape)}")
 
 
+def check_left(blocked, k):
+    """ValueError unless blocked (..., C) leaves k codes everywhere."""
+    if ((~blocked).sum(-1) < k).any():
+        raise ValueError(f"blocked must leave k codes to choose from, here {k}, and leaves fewer")
+
+
 def check_one_of(name, value, values):
     if value not in values:
         raise ValueError(f"{name} must be one of {', '.join(values)}, not {value!r}")
 
 
-def _check_floats(name, value):
+def check_floats(name, value):
     wanted = f"{name} must be a tensor of float32, float16 or bfloat16"
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{wanted}, not {type(value).__name__}")

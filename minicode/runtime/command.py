@@ -27,7 +27,10 @@ def table(summary, others, names):
     for name in names:
         line = f"{name:25}"
         for title, figures in columns.items():
-            cell = f"{figures[name]:.4f}" if name in figures else "-"
+            cell = "-"
+            if name in figures:
+                figure = figures[name]
+                cell = f"{figure:.4f}" if abs(figure) < 1e9 else f"{figure:.3g}"
             line += f"   {cell:>{len(title)}}"
         lines.append(line)
     return "\n".join(lines)
@@ -95,7 +98,7 @@ def command(argv, name, about, kind, presets, out, compare):
             config = configure(args, data, presets)
             processes.first(held.enter_context, owned(args.out))
             session = open_session(config, data, args.out, args.resume, args.overwrite)
-        with parser.user_errors((FloatingPointError, OSError), status=1):
+        with parser.user_errors((ArithmeticError, ValueError, OSError), status=1):
             return run_to_the_end(session, compare)
 
 

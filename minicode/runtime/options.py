@@ -5,7 +5,9 @@ from contextlib import contextmanager
 from dataclasses import field, fields
 
 from minicode.runtime import processes
-from minicode.runtime.arguments import check_one_of
+from minicode.runtime.arguments import check_one_of, check_range
+
+TOO_MUCH = {int: 2**63, float: 1e38}  # where an option has no limit of its own
 
 
 def option(default, help, flag=True, section=None, **valid):
@@ -29,10 +31,8 @@ def check_options(config):
             raise ValueError(f"{f.name} must be of type {wanted}, not {value!r}")
         if "choices" in valid:
             check_one_of(f.name, value, valid["choices"])
-        if "least" in valid and not value >= valid["least"]:
-            raise ValueError(f"{f.name} must be at least {valid['least']}, not {value}")
-        if "below" in valid and not value < valid["below"]:
-            raise ValueError(f"{f.name} must be below {valid['below']}, not {value}")
+        below = valid.get("below", TOO_MUCH.get(f.type))
+        check_range(f.name, value, valid.get("least"), below)
 
 
 def add_flags(parser, cls, preset):

@@ -51,9 +51,7 @@ class TrainConfig(GPTConfig):
     steps: int = option(4000, "training steps", section="training", least=1)
     batch_size: int = option(16, "sequences in a batch, of all processes together", least=1)
     lr: float = option(4e-3, "peak learning rate; warm-up, then a cosine to a tenth of it", least=0)
-    seed: int = option(
-        0, "seed of everything but the data: weights, batches, k-means", least=0, below=2**63
-    )
+    seed: int = option(0, "seed of everything but the data: weights, batches, k-means", least=0)
     eval_every: int = option(400, "steps between evaluations", least=1)
     checkpoint_every: int = option(
         1000, "steps between checkpoints, besides those at evaluations", least=1
