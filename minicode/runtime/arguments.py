@@ -55,8 +55,8 @@ def check_search(x, codes, k, similarity, selection, blocked):
 
 
 def check_left(blocked, k):
-    """ValueError unless blocked (..., C) leaves k codes everywhere."""
-    if ((~blocked).sum(-1) < k).any():
+    """ValueError unless blocked (..., C), if anything is, leaves k codes everywhere."""
+    if blocked is not None and ((~blocked).sum(-1) < k).any():
         raise ValueError(f"blocked must leave k codes to choose from, here {k}, and leaves fewer")
 
 
