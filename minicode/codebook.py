@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from minicode.runtime import processes
-from minicode.runtime.arguments import SELECTIONS, SIMILARITIES, check_floats, check_one_of, whole
+from minicode.runtime.arguments import check_choice, check_inputs, whole
 from minicode.start import CodesFromData
 from minicode.topk import topk_codes
 
@@ -105,10 +105,7 @@ class Codebook(CodesFromData, nn.Module):
         self.dim = whole("dim", dim)
         self.k = whole("k", k)
         self.groups = whole("groups", groups)
-        if k > n_codes:
-            raise ValueError(f"k must be from 1 to the {n_codes} codes of the codebook, not {k}")
-        check_one_of("similarity", similarity, SIMILARITIES)
-        check_one_of("selection", selection, SELECTIONS)
+        check_choice(n_codes, k, similarity, selection)
         self.similarity = similarity
         self.layer_norm = layer_norm
         self.selection = selection
@@ -187,10 +184,7 @@ class Codebook(CodesFromData, nn.Module):
 
     def activations(self, x):
         """What is searched for: x (..., groups * dim) as (..., G, d)."""
-        check_floats("a codebook's input", x)
-        width = self.groups * self.dim
-        if x.shape[-1:] != (width,):
-            raise ValueError(f"a codebook's inputs must be (..., {width}), not {tuple(x.shape)}")
+        check_inputs(x, self.groups * self.dim)
         a = x.float().unflatten(-1, (self.groups, self.dim))
         return F.layer_norm(a, (self.dim,)) if self.layer_norm else a
 

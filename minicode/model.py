@@ -16,7 +16,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from minicode.codebook import Codebook, Positions, codebooks
-from minicode.runtime.arguments import SELECTIONS, SIMILARITIES, check_range, whole
+from minicode.runtime.arguments import (
+    SELECTIONS,
+    SIMILARITIES,
+    check_multiple,
+    check_range,
+    check_tokens,
+    whole,
+)
 from minicode.runtime.options import check_options, option
 
 # In the order in which a block runs through them.
@@ -73,11 +80,8 @@ class GPTConfig:
 
     def __post_init__(self):
         check_options(self)
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
-        if self.n_embd % self.groups_mlp:
-            among = f"n_embd ({self.n_embd}) must be a multiple of groups_mlp ({self.groups_mlp})"
-            raise ValueError(among)
+        check_multiple("n_embd", self.n_embd, "n_head", self.n_head)
+        check_multiple("n_embd", self.n_embd, "groups_mlp", self.groups_mlp)
         self.sites()
 
     def codebook(self, site, dim):
@@ -182,15 +186,8 @@ class GPT(nn.Module):
         return [block.mlp.mlp_mid_codebook for block in self.h]
 
     def forward(self, tokens, targets=None, cache=None):
-        if tokens.dim() != 2 or not tokens.shape[1]:
-            raise ValueError(f"tokens must be (B, T), T at least 1, not {tuple(tokens.shape)}")
         past = cache[self.h[0].attn][0].shape[2] if cache else 0
-        end = past + tokens.shape[1]
-        if end > self.config.block_size:
-            most = self.config.block_size
-            raise ValueError(f"{end} tokens are more than the block_size of {most}")
-        if past and end > past + 1:
-            raise ValueError("what follows a cache is run one token at a time")
+        end = check_tokens(tokens, past, self.config.block_size)
         self.positions.advance(torch.arange(past, end).unsqueeze(0), past)
         x = self.wte(tokens) + self.wpe.weight[past:end]  # (B, T, n_embd)
         for block in self.h:
