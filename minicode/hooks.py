@@ -340,17 +340,14 @@ def start_codebooks(model, *inputs, generator=None, **named):
             codebook.enabled = True
             del waiting[codebook]
             progress.update()
-
-    def end(codebook, arguments, output):
-        if not waiting:
-            raise _Done
+            if not waiting:
+                raise _Done
 
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         progress = stack.enter_context(bar(total=len(waiting), desc="k-means", leave=False))
         for codebook in waiting:
             stack.enter_context(codebook.register_forward_pre_hook(start))
-            stack.enter_context(codebook.register_forward_hook(end))
         try:
             model(*inputs, **named)
         except _Done:

@@ -92,11 +92,6 @@ def find_topic(run, text):
     return topic
 
 
-def check_budget(budget):
-    if not 0 <= budget < float("inf"):
-        raise ValueError(f"budget must be a number of nats, at least 0, not {budget}")
-
-
 # -- their codes
 
 
