@@ -39,7 +39,7 @@ class FSM:
     n_states: int = option(100, "states of the machine", least=2, below=10_001)
     n_edges: int = option(10, "successors of a state, all equally probable", least=1)
     base: int = option(10, "base in which a state is written, 2 to 36", least=2, below=37)
-    seed: int = option(0, "seed of the machine's edges", flag=False, least=0)
+    seed: int = option(0, "seed of the machine's edges", flag=False)
     successors: np.ndarray | None = option(
         None, "the edges (N, n_edges), different in each row; none: drawn", flag=False
     )

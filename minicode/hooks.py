@@ -197,11 +197,11 @@ def find_sites(model, sites, layers):
         names = sites.split(",") if isinstance(sites, str) else sites
         found = find_in_blocks(model, [name.strip() for name in names])
     there_are = {layer for _, layer in found}
-    layers = [layers] if isinstance(layers, int) else layers
-    for layer in layers or ():
+    wanted = there_are if layers is None else layers
+    wanted = [wanted] if isinstance(wanted, int) else wanted
+    for layer in wanted:
         if layer not in there_are:
             raise ValueError(f"layers: this model has 0 to {max(there_are)}, not {layer}")
-    wanted = there_are if layers is None else layers
     return {place: module for place, module in found.items() if place[1] in wanted}
 
 
@@ -220,9 +220,9 @@ def find_in_blocks(model, sites):
     found = {}
     for layer, block in enumerate(lists[0] if lists else ()):
         inside = dict(block.named_modules())
-        for site in PATHS:
+        for site in sites:
             path = next((path for path in PATHS[site] if path in inside), None)
-            if site in sites and path:
+            if path:
                 found[site, layer] = inside[path]
     for site in sites:
         if site not in {name for name, _ in found}:

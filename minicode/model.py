@@ -45,8 +45,8 @@ class GPTConfig:
     n_codes: int = option(960, "codes in a codebook", least=1)
     n_codes_head: int = option(16, "codes in the codebook of one head", least=1)
     k: int = option(1, "codes chosen at a site and position, by each codebook", least=1)
-    k_head: int = option(0, "the same at the attention heads alone; 0: as --k", least=0)
-    k_mlp: int = option(0, "the same at the MLPs alone, for each group; 0: as --k", least=0)
+    k_head: int = option(0, "the same at the attention heads alone; 0: as --k")
+    k_mlp: int = option(0, "the same at the MLPs alone, for each group; 0: as --k")
     groups_mlp: int = option(
         1,
         "groups of an MLP's codebook: its output is cut into so many parts, each with codes of its "

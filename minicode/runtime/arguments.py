@@ -8,11 +8,11 @@ SIMILARITIES = ("cosine", "distance", "dot")  # in the order of csrc/topk.h
 SELECTIONS = ("pursuit", "nearest")
 
 
-def check_range(name, value, least=None, below=None):
+def check_range(name, value, least, below):
     """ValueError for a number that is out of range, as NaN is of every one."""
-    if least is not None and not value >= least:
+    if not value >= least:
         raise ValueError(f"{name} must be at least {least}, not {value}")
-    if below is not None and not value < below:
+    if not value < below:
         raise ValueError(f"{name} must be below {below}, not {value}")
 
 

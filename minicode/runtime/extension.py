@@ -78,7 +78,9 @@ def _load(device):
     sources = _sources(device)
     rules = _rules(device, sources)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minicode"
-    binary = cache / f"topk-{device}-{_key(rules, sources)}.so"
+    texts = [path.read_text(encoding="utf-8") for path in sources]
+    key = hashlib.sha256("\0".join([rules, *texts]).encode()).hexdigest()[:24]
+    binary = cache / f"topk-{device}-{key}.so"
     if not _intact(binary):
         cache.mkdir(parents=True, exist_ok=True)
         _say("compiling the search, once; it takes a quarter of a minute")
@@ -180,12 +182,6 @@ def _words(variable, default=""):
 def _first_of(*names):
     """The first of these programs that there is; the last, if there is none; quoted."""
     return shlex.quote(next(filter(shutil.which, names), names[-1]))
-
-
-def _key(rules, sources):
-    """Stands for everything that the binary depends on: another of any, another key."""
-    texts = [path.read_text(encoding="utf-8") for path in sources]
-    return hashlib.sha256("\0".join([rules, *texts]).encode()).hexdigest()[:24]
 
 
 def _output(command):

@@ -15,7 +15,7 @@ def option(default, help, flag=True, section=None, **valid):
 
     flag     False: it is no flag; or how argparse reads it, where its type doesn't say
     section  heads this flag and those that follow, in a command's help
-    valid    `least`, `below` and `choices`: the values that `check_options` lets pass
+    valid    `least` (0 for a number), `below` and `choices`: what `check_options` lets pass
     """
     about = {"help": help, "flag": flag, "section": section, **valid}
     return field(default=default, metadata=about)
@@ -31,8 +31,9 @@ def check_options(config):
             raise ValueError(f"{f.name} must be of type {wanted}, not {value!r}")
         if "choices" in valid:
             check_one_of(f.name, value, valid["choices"])
-        below = valid.get("below", TOO_MUCH.get(f.type))
-        check_range(f.name, value, valid.get("least"), below)
+        if f.type in TOO_MUCH:
+            below = valid.get("below", TOO_MUCH[f.type])
+            check_range(f.name, value, valid.get("least", 0), below)
 
 
 def add_flags(parser, cls, preset):

@@ -48,13 +48,6 @@ def pick_device(name):
         raise ValueError(f"device {name!r} can't be used here: {reason}") from None
 
 
-def make_model(config, data):
-    """The model that a training begins with: random, or what the data's folder holds."""
-    if data.model:
-        return Pretrained(config, data.model)
-    return GPT(config)
-
-
 def make_optimizer(model, config):
     """AdamW, with weight decay on matrices, but on no bias, gain or code."""
     for codebook in codebooks(model).values():
@@ -123,7 +116,8 @@ def open_session(config, data, folder, resume=False, overwrite=False):
             extension.load(device.type)  # what it has to say comes before the first step
         try:
             torch.empty(config.batch_size, config.block_size + 1, dtype=torch.int64)
-            model = make_model(config, data).to(device)
+            model = Pretrained(config, data.model) if data.model else GPT(config)
+            model.to(device)
         except RuntimeError as error:
             raise ValueError(f"there is no room for this model, or its batches: {error}") from None
         session = Session(config, data, folder, model, make_optimizer(model, config), [])
