@@ -63,7 +63,7 @@ class FSM:
             wanted = f"{self.n_edges} different successors"
             raise ValueError(f"a machine needs {wanted} for each of its {self.n_states} states")
         self.transition_matrix = np.zeros((self.n_states, self.n_states))
-        np.put_along_axis(self.transition_matrix, self.successors, 1 / self.n_edges, axis=1)
+        np.put_along_axis(self.transition_matrix, edges, 1 / self.n_edges, axis=1)
 
     def __str__(self):
         return f"TokFSM: {self.n_states} states, {self.n_edges} edges each"

@@ -237,11 +237,9 @@ def find_patterns(model, patterns):
     paths = {}
     for site, pattern in patterns.items():
         parts = re.escape(pattern).replace(r"\*", r"([^.]+)")
-        matches = []
-        for path, module in model.named_modules():
-            match = re.fullmatch(rf"(?:.*\.)?{parts}", path)
-            if match:
-                matches.append((match, module))
+        whole_path = re.compile(rf"(?:.*\.)?{parts}")
+        matches = [(whole_path.fullmatch(path), module) for path, module in model.named_modules()]
+        matches = [(match, module) for match, module in matches if match]
         if not matches:
             raise ValueError(f"{site}: this model has no module {pattern}")
         for number, (match, module) in enumerate(matches):
@@ -351,10 +349,9 @@ def start_codebooks(model, *inputs, generator=None, **named):
         try:
             model(*inputs, **named)
         except _Done:
-            pass
-        except Exception:
-            for codebook, was_on in were_on.items():
-                codebook.enabled = was_on
-            raise
+            were_on = dict.fromkeys(were_on, True)
+        finally:
+            for codebook, on in were_on.items():
+                codebook.enabled = on
     if waiting:
         raise ValueError(f"these codebooks were not reached: {', '.join(waiting.values())}")

@@ -150,8 +150,8 @@ def evaluate(model, data, seed, n):
         for name, site in figures["sites"].items():
             site["fvu"] = errors[name].fvu()
         figures["fvu"] = np.mean([site["fvu"] for site in figures["sites"].values()]).item()
-        chosen = [codebook.groups * codebook.k for codebook in active_codebooks(model).values()]
-        figures["codes_per_token"] = sum(chosen)
+        books = active_codebooks(model).values()
+        figures["codes_per_token"] = sum(codebook.groups * codebook.k for codebook in books)
     return figures
 
 
@@ -166,7 +166,6 @@ def train(session):
     forward = wrapped(session)
     began = time.monotonic() - session.seconds
     model.train()
-    session.paced = session.step, session.seconds
     steps_bar = bar(total=config.steps, initial=session.step, unit="step")
     with stop_signals(), steps_bar:
         for step in range(session.step, config.steps):
@@ -177,7 +176,6 @@ def train(session):
                 except processes.Stopped:
                     return None
                 forward = wrapped(session)
-                session.paced = step, time.monotonic() - began
 
             loss = train_step(model, forward, session.optimizer, config, step, session.data)
             stopped = processes.stopping(model.device)

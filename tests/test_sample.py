@@ -143,7 +143,7 @@ BAD_INPUT = [
     ("--prompt 31 --max-new-tokens 11", "the prompt leaves room for 10 tokens, not for 11"),
     ("--temperature -1", "temperature must be at least 0"),
     ("--temperature nan", "temperature must be at least 0"),
-    ("--num-samples 1000000000000", "can't allocate memory"),
+    ("--num-samples 1000000000000", "num_samples must be below 10001, not 1000000000000"),
     ("--num-samples 0", "num_samples must be at least 1"),
     ("--max-new-tokens 0", "max_new_tokens must be at least 1"),
     ("--top-k 0", "top_k must be at least 1"),

@@ -21,13 +21,13 @@ def check_multiple(name, value, of_name, of):
         raise ValueError(f"{name} ({value}) must be a multiple of {of_name} ({of})")
 
 
-def whole(name, value, least=1, below=2**63):
+def whole(name, value, least=1):
     """A whole number of any kind, NumPy's too, as an int; TypeError or ValueError, by name."""
     try:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be a whole number, not {value!r}") from None
-    check_range(name, number, least, below)
+    check_range(name, number, least, below=2**63)
     return number
 
 
