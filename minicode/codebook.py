@@ -46,7 +46,8 @@ class Positions:
     prompt = None
     past = 0
     skip = None
-    as_they_come = None  # by minicode.hooks, of a model that sets nothing: how many it skips
+    first = 0  # by minicode.hooks: so many tokens at the start of each row go by untouched,
+    as_they_come = False  # and a model sets nothing, as these are counted as they come
     with_gradients = False
 
     def advance(self, number, past, skip=None):

@@ -74,7 +74,8 @@ def attach(
     skip = skip and whole("skip", skip, least=0)
     how = {"similarity": similarity, "selection": selection, "relative": True}
     positions = Positions()
-    positions.as_they_come = None if is_causal(model) else skip or 0
+    positions.as_they_come = not is_causal(model)
+    positions.first = int(is_causal(model)) if skip is None else skip
     books = {}
     for (site, layer), module in find_sites(model, sites, layers).items():
         if module in books:
@@ -85,16 +86,15 @@ def attach(
         codebook.name = f"{site}.{layer}"
         codebook.positions = positions
         books[module] = codebook.to(device_of(module, model)).train(module.training)
-    install(model, books, positions, skip)
+    install(model, books, positions)
     return model
 
 
-def install(model, books, positions, skip):
+def install(model, books, positions):
     """Hangs each codebook of {module: codebook} into its module, and hooks on both."""
     handles = []
     for part in wholes(model) if is_causal(model) else ():
         part.codebook_positions = positions
-        part.codebook_skip = 1 if skip is None else skip
         handles.append(part.register_forward_pre_hook(find_positions, with_kwargs=True))
     for module, codebook in books.items():
         module.codebook = codebook
@@ -114,7 +114,6 @@ def detach(model):
     del model.codebook_handles
     for part in wholes(model):
         vars(part).pop("codebook_positions", None)
-        vars(part).pop("codebook_skip", None)
     for module in list(model.modules()):
         if isinstance(getattr(module, "codebook", None), Codebook):
             del module.codebook
@@ -151,9 +150,9 @@ def through_output(module, arguments, output):
 def through(codebook, x):
     """The codebook on x (B, T, d), or on (B * T, d), which OPT makes of it."""
     positions = codebook.positions
-    if positions.as_they_come is not None and x.dim() > 2:
+    if positions.as_they_come and x.dim() > 2:
         number = torch.arange(x[0, ..., 0].numel(), device=x.device).unsqueeze(0)
-        skip = (number < positions.as_they_come).expand(len(x), -1)
+        skip = (number < positions.first).expand(len(x), -1)
         positions.advance(number, 0, skip if skip.any() else None)
     if x.dim() == 2 and positions.number is not None:
         return codebook(x.view(-1, positions.number.shape[1], x.shape[1])).view(x.shape)
@@ -182,8 +181,9 @@ def find_positions(module, arguments, named):
         raise ValueError(
             f"codebooks need an attention_mask {wanted} (a static cache makes another of it)"
         )
-    skip = (number < module.codebook_skip).expand(n_rows, length)
-    module.codebook_positions.advance(number, past, skip if skip.any() else None)
+    positions = module.codebook_positions
+    skip = (number < positions.first).expand(n_rows, length)
+    positions.advance(number, past, skip if skip.any() else None)
 
 
 # -- which modules

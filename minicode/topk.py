@@ -103,6 +103,8 @@ def _search(
             search = pursue_in_chunks if pursuit else search_in_chunks
             with float32_throughout():
                 found = search(x, codes, k, similarity, blocked)
+    if len(found) == 1:
+        return tuple(found[0])
     scores, ids = zip(*found)
     return torch.cat(scores, dim=1), torch.cat(ids, dim=1)
 
