@@ -23,7 +23,7 @@ def of_a_pass():
     """
     return {
         "control": None,  # minicode.control puts itself here, to force and block codes
-        "listeners": (),  # and here what is called after each pass, to record it
+        "listeners": [],  # and here what is called after each pass, to record it
         "ids": None,
         "autoencoding": torch.zeros((), device="cpu"),
         "commitment": torch.zeros((), device="cpu"),

@@ -42,14 +42,14 @@ def record(model):
         codes[name] = torch.cat([*before, codebook.ids], dim=1)
 
     for codebook in names:
-        codebook.listeners += (listen,)
+        codebook.listeners.append(listen)
     try:
         yield codes
         if not codes and any(codebook.enabled for codebook in names):
             raise ValueError("nothing was recorded: within the block no codebook was run")
     finally:
         for codebook in names:
-            codebook.listeners = tuple(other for other in codebook.listeners if other != listen)
+            codebook.listeners.remove(listen)
 
 
 def check_alone(codebook):

@@ -230,11 +230,11 @@ def choose(logits, temperature=1.0, top_k=None, generator=None):
 @contextmanager
 def evaluating(model):
     """Within the block the model is in evaluation mode, without gradients."""
-    were_training = {module: module.training for module in model.modules()}
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for module, was_training in were_training.items():
-            module.training = was_training
+        for module in training:
+            module.training = True

@@ -18,6 +18,7 @@ from minicode.language.pretrained import Pretrained
 from minicode.language.text import Text
 from minicode.model import GPT
 from minicode.runtime import extension, processes
+from minicode.runtime.arguments import check_range
 from minicode.runtime.files import (
     check_tensors,
     figures,
@@ -130,11 +131,7 @@ def open_session(config, data, folder, resume=False, overwrite=False):
 
 def check_sizes(config, data):
     """ValueError for a block that the data can't fill, or a batch that processes can't share."""
-    size = f"block_size ({config.block_size}) must be at"
-    if config.block_size < data.least_block:
-        raise ValueError(f"{size} least {data.least_block} here")
-    if config.block_size > data.most_block:
-        raise ValueError(f"{size} most {data.most_block} here")
+    check_range("block_size", config.block_size, data.least_block, data.most_block + 1)
     n = processes.ranks()
     if config.batch_size % n:
         raise ValueError(f"batch_size ({config.batch_size}) must be a multiple of {n} (processes)")
