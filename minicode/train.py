@@ -108,11 +108,6 @@ def train_step(model, forward, optimizer, config, step, data):
     return loss.detach()
 
 
-def held_out(model, data, seed, n):
-    """n sequences (n, T + 1) that the measures are of."""
-    return data.held_out(np.random.default_rng((seed, 2)), n, model.config.block_size + 1)
-
-
 def pass_over(model, data, tokens):
     """Loss and accuracy on tokens (n, T + 1); how often codes fire, and Errors, both by site."""
     books = active_codebooks(model)
@@ -136,9 +131,12 @@ def pass_over(model, data, tokens):
     return loss, accuracy, counts, errors
 
 
-def evaluate(model, data, seed, n):
-    """The measures of a model on n fresh sequences, by the names of design.md, ready for JSON."""
-    tokens = held_out(model, data, seed, n)
+def evaluate(model, data, seed, n, zero=False):
+    """The measures of a model on n fresh sequences, by the names of design.md, ready for JSON.
+
+    zero: with the loss of the model whose sites pass on nothing.
+    """
+    tokens = data.held_out(np.random.default_rng((seed, 2)), n, model.config.block_size + 1)
     loss, accuracy, counts, errors = pass_over(model, data, tokens)
     figures = {"loss": loss, "accuracy": accuracy, **data.measures(tokens, loss)}
     if isinstance(data, FSM):
@@ -152,6 +150,9 @@ def evaluate(model, data, seed, n):
         figures["fvu"] = np.mean([site["fvu"] for site in figures["sites"].values()]).item()
         books = active_codebooks(model).values()
         figures["codes_per_token"] = sum(codebook.groups * codebook.k for codebook in books)
+        if zero:
+            with zeroed(model):
+                figures["loss_zero"] = pass_over(model, data, tokens)[0]
     return figures
 
 
@@ -231,12 +232,9 @@ def look(session):
     """Evaluates, and adds a line to the metrics."""
     config = session.config
     done = session.step
-    n = n_evaluated(session.data, done == config.steps)
-    figures = evaluate(session.model, session.data, config.seed, n)
-    if done == config.steps and "sites" in figures:
-        tokens = held_out(session.model, session.data, config.seed, n)
-        with zeroed(session.model):
-            figures["loss_zero"] = pass_over(session.model, session.data, tokens)[0]
+    at_the_end = done == config.steps
+    n = n_evaluated(session.data, at_the_end)
+    figures = evaluate(session.model, session.data, config.seed, n, zero=at_the_end)
     seen = done * config.batch_size * config.block_size
     session.metrics.append({"step": done, "tokens": seen, **figures})
     tqdm.write(describe(session.metrics[-1]))
