@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 
 from minicode.codebook import codebooks
-from minicode.model import evaluating
 from minicode.notation import Code, codebook_of
 from minicode.runtime.arguments import check_ids, whole
 
@@ -56,13 +55,6 @@ def check_alone(codebook):
     """A ValueError in a copy that nn.DataParallel made: what it chooses is a part of the whole."""
     if getattr(codebook, "_is_replica", False):
         raise ValueError("codes are not recorded or forced on several GPUs: use model.module")
-
-
-def chosen(model, tokens):
-    """What every codebook chooses at the end of tokens (B, T): {"mlp.1": ids (B, G, k), ...}."""
-    with evaluating(model), record(model) as codes:
-        model(tokens.to(model.device))
-    return {site: ids[:, -1] for site, ids in codes.items()}
 
 
 def force(model, codes, position=None):

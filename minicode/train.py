@@ -9,7 +9,7 @@ one, to the last bit.
 import math
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import numpy as np
 import torch
@@ -168,14 +168,11 @@ def train(session):
     began = time.monotonic() - session.seconds
     model.train()
     steps_bar = bar(total=config.steps, initial=session.step, unit="step")
-    with stop_signals(), steps_bar:
+    with stop_signals(), steps_bar, suppress(processes.Stopped):
         for step in range(session.step, config.steps):
             generator = torch.Generator(model.device).manual_seed(seed_of(config, step))
             if step == session.start_step:
-                try:
-                    begin_codebooks(session, generator)
-                except processes.Stopped:
-                    return None
+                begin_codebooks(session, generator)
                 forward = wrapped(session)
 
             loss = train_step(model, forward, session.optimizer, config, step, session.data)
@@ -190,8 +187,10 @@ def train(session):
             if config.checkpoint_is_due(session.step) or stopped:
                 processes.first(keep, session)
             show(steps_bar, session, loss)
-            if stopped and session.step < config.steps:
-                return None
+            if stopped:
+                break
+    if session.step < config.steps:
+        return None
     return processes.first(summarise, session) or {}
 
 
