@@ -4,7 +4,6 @@ They work on any module that holds codebooks. The first dimension of a codebook'
 sequences, those between it and the last their positions. How a code is written: notation.py.
 """
 
-import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -91,7 +90,7 @@ def places(positions, a):
     prompt = positions.prompt
     n_rows = a.shape[0] if a.dim() > 2 else 1
     if number is None:  # the model does not say: as they come
-        length = math.prod(a.shape[1:-2])
+        length = a.shape[1:-2].numel()
         number = torch.arange(length).unsqueeze(0)
         prompt = torch.tensor([[length]])
     if positions.skip is not None:
@@ -169,8 +168,7 @@ def choose_again(codebook, a, ids, blocked):
         if ((~closed).sum(-1) < codebook.k).any():
             most = codebook.n_codes - codebook.k
             raise ValueError(f"{edit.name}: at most {most} codes can be blocked at a site")
-    again = ids.clone()
-    again[at] = codebook.search(a[at], closed)
+    again = ids.index_put((at,), codebook.search(a[at], closed))
     return again.where(hit.unsqueeze(-1), ids)
 
 

@@ -151,7 +151,7 @@ def through(codebook, x):
     """The codebook on x (B, T, d), or on (B * T, d), which OPT makes of it."""
     positions = codebook.positions
     if positions.as_they_come and x.dim() > 2:
-        number = torch.arange(x[0, ..., 0].numel(), device=x.device).unsqueeze(0)
+        number = torch.arange(x.shape[1:-1].numel(), device=x.device).unsqueeze(0)
         skip = (number < positions.first).expand(len(x), -1)
         positions.advance(number, 0, skip if skip.any() else None)
     if x.dim() == 2 and positions.number is not None:
@@ -173,16 +173,15 @@ def find_positions(module, arguments, named):
     past = 0 if cache is None else int(cache.get_seq_length())
     mask = named.get("attention_mask")
     if mask is None:
-        number = torch.arange(past, past + length, device=tokens.device).unsqueeze(0)
-    elif isinstance(mask, torch.Tensor) and mask.shape == (n_rows, past + length):
-        number = (mask.long().cumsum(-1) - 1).where(mask.bool(), -1)[:, past:]
-    else:
+        mask = torch.ones(n_rows, past + length, device=tokens.device)
+    if not isinstance(mask, torch.Tensor) or mask.shape != (n_rows, past + length):
         wanted = f"({n_rows}, {past + length}), 1 for each token so far that is no padding"
         raise ValueError(
             f"codebooks need an attention_mask {wanted} (a static cache makes another of it)"
         )
     positions = module.codebook_positions
-    skip = (number < positions.first).expand(n_rows, length)
+    number = (mask.long().cumsum(-1) - 1).where(mask.bool(), -1)[:, past:]
+    skip = number < positions.first
     positions.advance(number, past, skip if skip.any() else None)
 
 

@@ -109,9 +109,8 @@ def train_step(model, forward, optimizer, config, step, data):
 
 
 def pass_over(model, data, tokens):
-    """Loss and accuracy on tokens (n, T + 1); how often codes fire, and Errors, both by site."""
+    """Loss and accuracy on tokens (n, T + 1); Errors by site."""
     books = active_codebooks(model)
-    counts = {name: torch.zeros_like(codebook.usage) for name, codebook in books.items()}
     loss = 0.0
     accuracy = 0.0
     errors = {name: Errors() for name in books}
@@ -124,11 +123,9 @@ def pass_over(model, data, tokens):
         right = (logits.argmax(-1) == targets).float().mean()
         loss += part_loss.item() * len(part) / len(tokens)
         accuracy += right.item() * len(part) / len(tokens)
-        for name, codebook in books.items():
-            counts[name] += codebook.count(codebook.ids)
     if not math.isfinite(loss):
         raise FloatingPointError("the loss on held-out data is no number: try a lower --lr")
-    return loss, accuracy, counts, errors
+    return loss, accuracy, errors
 
 
 def evaluate(model, data, seed, n, zero=False):
@@ -137,10 +134,11 @@ def evaluate(model, data, seed, n, zero=False):
     zero: with the loss of the model whose sites pass on nothing.
     """
     tokens = data.held_out(np.random.default_rng((seed, 2)), n, model.config.block_size + 1)
-    loss, accuracy, counts, errors = pass_over(model, data, tokens)
+    loss, accuracy, errors = pass_over(model, data, tokens)
     figures = {"loss": loss, "accuracy": accuracy, **data.measures(tokens, loss)}
     if isinstance(data, FSM):
         figures |= accuracies(data, model, seed)
+    counts = {name: site.count for name, site in errors.items()}
     if counts:
         every = torch.cat([count.flatten() for count in counts.values()])
         figures["dead_code_fraction"] = (every == 0).float().mean().item()
