@@ -8,6 +8,7 @@ device take it along.
 import inspect
 import re
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import nn
@@ -92,10 +93,10 @@ def attach(
 
 def install(model, books, positions):
     """Hangs each codebook of {module: codebook} into its module, and hooks on both."""
-    handles = []
-    for part in wholes(model) if is_causal(model) else ():
-        part.codebook_positions = positions
-        handles.append(part.register_forward_pre_hook(find_positions, with_kwargs=True))
+    # The model, and what its user may call in its place: that without the last layer.
+    parts = {model, getattr(model, "base_model", model)} if is_causal(model) else ()
+    find = partial(find_positions, positions)
+    handles = [part.register_forward_pre_hook(find, with_kwargs=True) for part in parts]
     for module, codebook in books.items():
         module.codebook = codebook
         if codebook.name.startswith("head."):
@@ -112,8 +113,6 @@ def detach(model):
     for handle in model.codebook_handles:
         handle.remove()
     del model.codebook_handles
-    for part in wholes(model):
-        vars(part).pop("codebook_positions", None)
     for module in list(model.modules()):
         if isinstance(getattr(module, "codebook", None), Codebook):
             del module.codebook
@@ -126,11 +125,6 @@ def device_of(module, model):
     if weights.is_meta:
         raise ValueError("attach before the weights are moved out of memory: these are gone")
     return weights.device
-
-
-def wholes(model):
-    """The model, and what its user may call in its place: that without the last layer."""
-    return {model, getattr(model, "base_model", model)}
 
 
 # -- the hooks: module-level functions, so that a copy of the model has them, with its own codebooks
@@ -159,7 +153,7 @@ def through(codebook, x):
     return codebook(x)
 
 
-def find_positions(module, arguments, named):
+def find_positions(positions, module, arguments, named):
     """Before each pass: where its tokens stand in their sequences, by the mask and the cache."""
     if getattr(module, "_is_replica", False):
         raise ValueError("codebooks don't go through nn.DataParallel: DistributedDataParallel does")
@@ -179,7 +173,6 @@ def find_positions(module, arguments, named):
         raise ValueError(
             f"codebooks need an attention_mask {wanted} (a static cache makes another of it)"
         )
-    positions = module.codebook_positions
     number = (mask.long().cumsum(-1) - 1).where(mask.bool(), -1)[:, past:]
     skip = number < positions.first
     positions.advance(number, past, skip if skip.any() else None)

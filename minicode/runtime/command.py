@@ -97,7 +97,7 @@ def command(argv, name, about, kind, presets, out, compare):
             config = configure(args, data, presets)
             processes.first(held.enter_context, owned(args.out))
             session = open_session(config, data, args.out, args.resume, args.overwrite)
-        with parser.user_errors((ArithmeticError, ValueError, OSError), status=1):
+        with parser.user_errors(status=1):
             return run_to_the_end(session, compare)
 
 

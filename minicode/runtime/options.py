@@ -80,11 +80,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(status, f"{self.prog}: error: {' '.join(message.split())}\n")
 
     @contextmanager
-    def user_errors(self, kinds=(ValueError, OSError), status=2):
-        """Errors of these kinds, or a memory that is too small, end the command in one line."""
+    def user_errors(self, status=2):
+        """A user's mistakes, and a memory or a number that is too small, end it in one line."""
         try:
             yield
-        except (*kinds, MemoryError, RuntimeError) as error:
+        except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
             text = str(error) or "there is not enough memory"
             if isinstance(error, RuntimeError) and "alloc" not in text:
                 raise
