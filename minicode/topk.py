@@ -119,7 +119,9 @@ def chunks(x, n_codes, blocked, most):
     """x (G, N, d) as float32, and blocked or None, by so many rows as have `most` scores."""
     at_once = max(1, most // (len(x) * n_codes))
     parts = x.split(at_once, dim=1)
-    bad = [None] * len(parts) if blocked is None else blocked.split(at_once, dim=1)
+    bad = [None] * len(parts)
+    if blocked is not None:
+        bad = blocked.split(at_once, dim=1)
     for rows, bad_of_rows in zip(parts, bad):
         yield rows.float(), bad_of_rows
 
@@ -145,8 +147,8 @@ def best_of(scores, k):
         return scores.max(dim=-1, keepdim=True)  # the first of equals
     best, ids = scores.topk(min(k + 1, scores.shape[-1]))  # one more, which may equal the k-th
     tied = (best[..., 1:] == best[..., :-1]).any(-1)  # (G, n): of equals topk takes any
-    best = best[..., :k]
-    ids = ids[..., :k]
+    best = best[..., :k].contiguous()
+    ids = ids[..., :k].contiguous()
     if tied.any():
         every, columns = scores[tied].sort(dim=-1, descending=True, stable=True)
         best[tied] = every[:, :k]
@@ -165,7 +167,7 @@ def pursue_in_chunks(x, codes, k, similarity, blocked=None):
     codes = codes.float()
     scale, offset = scale_and_offset(codes, similarity)
     table = (codes * scale.mT).mT  # (G, d, C)
-    change = partial(change_by_choice, codes, table)
+    change = partial(change_by_choice, -codes, table)
     pays = x.shape[1] * k >= n_codes
     fits = groups * n_codes**2 <= 1 << 26  # 256 MB
     if pays and fits:
@@ -201,12 +203,12 @@ def rows_of(table, ids):
     return rows.view(*ids.shape, table.shape[2])
 
 
-def change_by_choice(codes, table, ids):
+def change_by_choice(minus_codes, table, ids):
     """By how much choosing the codes ids (G, n) changes all scores; their own, to -inf: (G, n, C).
 
     Finite, so that no score becomes NaN, and none but those of chosen and blocked codes is -inf.
     """
-    change = finite(-rows_of(codes, ids) @ table).clamp_(-1e30, 1e30)
+    change = finite(rows_of(minus_codes, ids) @ table).clamp_(-1e30, 1e30)
     return change.scatter_(-1, ids.unsqueeze(-1), -torch.inf)
 
 
