@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from minicode.runtime import processes
-from minicode.runtime.arguments import SELECTIONS, SIMILARITIES, check_floats, check_one_of, whole
+from minicode.runtime.arguments import check_choice, check_inputs, whole
 from minicode.start import CodesFromData
 from minicode.topk import topk_codes
 
@@ -23,7 +23,7 @@ def of_a_pass():
     """
     return {
         "control": None,  # minicode.control puts itself here, to force and block codes
-        "listeners": (),  # and here what is called after each pass, to record it
+        "listeners": [],  # and here what is called after each pass, to record it
         "ids": None,
         "autoencoding": torch.zeros((), device="cpu"),
         "commitment": torch.zeros((), device="cpu"),
@@ -46,7 +46,8 @@ class Positions:
     prompt = None
     past = 0
     skip = None
-    as_they_come = None  # by minicode.hooks, of a model that sets nothing: how many it skips
+    first = 0  # by minicode.hooks: so many tokens at the start of each row go by untouched,
+    as_they_come = False  # and a model sets nothing, as these are counted as they come
     with_gradients = False
 
     def advance(self, number, past, skip=None):
@@ -105,10 +106,7 @@ class Codebook(CodesFromData, nn.Module):
         self.dim = whole("dim", dim)
         self.k = whole("k", k)
         self.groups = whole("groups", groups)
-        if k > n_codes:
-            raise ValueError(f"k must be from 1 to the {n_codes} codes of the codebook, not {k}")
-        check_one_of("similarity", similarity, SIMILARITIES)
-        check_one_of("selection", selection, SELECTIONS)
+        check_choice(n_codes, k, similarity, selection)
         self.similarity = similarity
         self.layer_norm = layer_norm
         self.selection = selection
@@ -187,10 +185,7 @@ class Codebook(CodesFromData, nn.Module):
 
     def activations(self, x):
         """What is searched for: x (..., groups * dim) as (..., G, d)."""
-        check_floats("a codebook's input", x)
-        width = self.groups * self.dim
-        if x.shape[-1:] != (width,):
-            raise ValueError(f"a codebook's inputs must be (..., {width}), not {tuple(x.shape)}")
+        check_inputs(x, self.groups * self.dim)
         a = x.float().unflatten(-1, (self.groups, self.dim))
         return F.layer_norm(a, (self.dim,)) if self.layer_norm else a
 

@@ -4,16 +4,14 @@ They work on any module that holds codebooks. The first dimension of a codebook'
 sequences, those between it and the last their positions. How a code is written: notation.py.
 """
 
-import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from minicode.codebook import codebooks
-from minicode.model import evaluating
 from minicode.notation import Code, codebook_of
-from minicode.runtime.arguments import whole
+from minicode.runtime.arguments import check_ids, whole
 
 GENERATED = "generated"  # the positions at which the tokens after the prompt are sampled
 
@@ -42,27 +40,20 @@ def record(model):
         codes[name] = torch.cat([*before, codebook.ids], dim=1)
 
     for codebook in names:
-        codebook.listeners += (listen,)
+        codebook.listeners.append(listen)
     try:
         yield codes
         if not codes and any(codebook.enabled for codebook in names):
             raise ValueError("nothing was recorded: within the block no codebook was run")
     finally:
         for codebook in names:
-            codebook.listeners = tuple(other for other in codebook.listeners if other != listen)
+            codebook.listeners.remove(listen)
 
 
 def check_alone(codebook):
     """A ValueError in a copy that nn.DataParallel made: what it chooses is a part of the whole."""
     if getattr(codebook, "_is_replica", False):
         raise ValueError("codes are not recorded or forced on several GPUs: use model.module")
-
-
-def chosen(model, tokens):
-    """What every codebook chooses at the end of tokens (B, T): {"mlp.1": ids (B, G, k), ...}."""
-    with evaluating(model), record(model) as codes:
-        model(tokens.to(model.device))
-    return {site: ids[:, -1] for site, ids in codes.items()}
 
 
 def force(model, codes, position=None):
@@ -89,31 +80,26 @@ def block(model, codes, position=None):
     return _edit(model, codes, position, "blocked")
 
 
-@dataclass
-class _Places:
-    """Where the N inputs of one pass of a codebook stand; (N,) each."""
+def places(positions, a):
+    """Where the N inputs of one pass of a codebook stand: n_rows, row, number, prompt.
 
-    n_rows: int  # sequences
-    row: torch.Tensor  # the sequence of each
-    number: torch.Tensor  # its position there
-    prompt: torch.Tensor  # how many tokens the prompt of that sequence has
-
-    @classmethod
-    def of(cls, positions, a):
-        """Those of inputs a (..., G, d), from which what passes through untouched is gone."""
-        number = positions.number
-        prompt = positions.prompt
-        n_rows = a.shape[0] if a.dim() > 2 else 1
-        if number is None:  # the model does not say: as they come
-            length = math.prod(a.shape[1:-2])
-            number = torch.arange(length).unsqueeze(0)
-            prompt = torch.tensor([[length]])
-        if positions.skip is not None:
-            n_rows = len(positions.skip)
-        row = torch.arange(n_rows, device=number.device).unsqueeze(1)
-        places = torch.stack(torch.broadcast_tensors(row, number, prompt))  # (3, B, T)
-        kept = slice(None) if positions.skip is None else ~positions.skip.flatten()
-        return cls(n_rows, *places.flatten(1)[:, kept].to(a.device))
+    There are n_rows sequences; of each input (N,): its sequence, its position there, and how many
+    tokens the prompt of that has. Of a (..., G, d) what passes through untouched is gone.
+    """
+    number = positions.number
+    prompt = positions.prompt
+    n_rows = a.shape[0] if a.dim() > 2 else 1
+    if number is None:  # the model does not say: as they come
+        length = a.shape[1:-2].numel()
+        number = torch.arange(length).unsqueeze(0)
+        prompt = torch.tensor([[length]])
+    if positions.skip is not None:
+        n_rows = len(positions.skip)
+    row = torch.arange(n_rows, device=number.device).unsqueeze(1)
+    standing = torch.stack(torch.broadcast_tensors(row, number, prompt)).flatten(1)  # (3, B * T)
+    if positions.skip is not None:
+        standing = standing[:, ~positions.skip.flatten()]
+    return n_rows, *standing.to(a.device)
 
 
 @dataclass(eq=False)
@@ -124,22 +110,22 @@ class _Edit:
     position: int | str | None
     reached: bool | None = None  # whether any input had such a position; None before the first
 
-    def at(self, places):
+    def at(self, n_rows, row, number, prompt):
         """This edit's ids (N, G, 1) at these places, -1 wherever it is not about one."""
-        if len(self.ids) not in (1, places.n_rows):
+        if len(self.ids) not in (1, n_rows):
             there_are = f"there are codes for {len(self.ids)} sequences"
-            raise ValueError(f"{self.name}: {there_are}, but the input has {places.n_rows}")
-        here = places.number >= 0
+            raise ValueError(f"{self.name}: {there_are}, but the input has {n_rows}")
+        here = number >= 0
         if self.position == GENERATED:
-            here = places.number >= places.prompt - 1
+            here = number >= prompt - 1
         elif self.position is not None:
-            wanted = self.position + (places.prompt if self.position < 0 else 0)
+            wanted = self.position + (prompt if self.position < 0 else 0)
             if self.position < 0 and (wanted < 0).any():
                 where = f"position {self.position}"
                 raise ValueError(f"{self.name}: {where} is before the start of the prompt")
-            here = places.number == wanted
+            here = number == wanted
         self.reached = bool(self.reached or here.any())
-        ids = self.ids.to(here.device).expand(places.n_rows, -1, -1)[places.row]
+        ids = self.ids.to(here.device).expand(n_rows, -1, -1)[row]
         return ids.where(here.view(-1, 1, 1), -1)
 
 
@@ -155,10 +141,10 @@ class _Control:
         check_alone(codebook)
         if not a.numel() and codebook.positions.skip is None:  # an empty batch
             return codebook.search(a)
-        places = _Places.of(codebook.positions, a)
+        here = places(codebook.positions, a)
         rows = a.reshape(-1, *a.shape[-2:])  # (N, G, d)
-        forced = {edit: edit.at(places) for edit in self.edits if edit.kind == "forced"}
-        blocked = {edit: edit.at(places) for edit in self.edits if edit.kind == "blocked"}
+        forced = {edit: edit.at(*here) for edit in self.edits if edit.kind == "forced"}
+        blocked = {edit: edit.at(*here) for edit in self.edits if edit.kind == "blocked"}
         ids = choose_again(codebook, rows, codebook.search(rows), blocked)
         ids = put_in(ids, forced)
         for edit, never in blocked.items():
@@ -182,8 +168,7 @@ def choose_again(codebook, a, ids, blocked):
         if ((~closed).sum(-1) < codebook.k).any():
             most = codebook.n_codes - codebook.k
             raise ValueError(f"{edit.name}: at most {most} codes can be blocked at a site")
-    again = ids.clone()
-    again[at] = codebook.search(a[at], closed)
+    again = ids.index_put((at,), codebook.search(a[at], closed))
     return again.where(hit.unsqueeze(-1), ids)
 
 
@@ -251,18 +236,6 @@ def _read_ids(model, codes, position):
     """A dict {"mlp.1": ids (G, k) or (B, G, k)}: a codebook, and what an _Edit holds, for each."""
     for site, ids in codes.items():
         codebook = codebook_of(model, site, site)
-        try:
-            ids = torch.as_tensor(ids)
-            torch.iinfo(ids.dtype)  # a TypeError unless they are whole numbers
-        except (TypeError, ValueError, RuntimeError):
-            whole_ones = "whole numbers, at least one for each group"
-            raise ValueError(f"{site}: ids must be {whole_ones}") from None
-        if ids.dim() not in (2, 3) or ids.shape[-2] != codebook.groups or not ids.shape[-1]:
-            wanted = f"({codebook.groups}, k) or (B, {codebook.groups}, k)"
-            raise ValueError(f"{site}: ids must be {wanted}, not {tuple(ids.shape)}")
-        most = codebook.n_codes - 1
-        if ids.numel() and not 0 <= ids.min() <= ids.max() <= most:
-            found = f"{ids.min()} to {ids.max()}"
-            raise ValueError(f"{site}: its codes are 0 to {most}, not {found}")
+        ids = check_ids(site, ids, codebook.groups, codebook.n_codes)
         for column in ids.reshape(-1, *ids.shape[-2:]).split(1, dim=-1):
             yield codebook, site, column, position

@@ -39,7 +39,7 @@ class FSM:
     n_states: int = option(100, "states of the machine", least=2, below=10_001)
     n_edges: int = option(10, "successors of a state, all equally probable", least=1)
     base: int = option(10, "base in which a state is written, 2 to 36", least=2, below=37)
-    seed: int = option(0, "seed of the machine's edges", flag=False, least=0)
+    seed: int = option(0, "seed of the machine's edges", flag=False)
     successors: np.ndarray | None = option(
         None, "the edges (N, n_edges), different in each row; none: drawn", flag=False
     )
@@ -63,7 +63,7 @@ class FSM:
             wanted = f"{self.n_edges} different successors"
             raise ValueError(f"a machine needs {wanted} for each of its {self.n_states} states")
         self.transition_matrix = np.zeros((self.n_states, self.n_states))
-        np.put_along_axis(self.transition_matrix, self.successors, 1 / self.n_edges, axis=1)
+        np.put_along_axis(self.transition_matrix, edges, 1 / self.n_edges, axis=1)
 
     def __str__(self):
         return f"TokFSM: {self.n_states} states, {self.n_edges} edges each"

@@ -8,6 +8,7 @@ device take it along.
 import inspect
 import re
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import nn
@@ -74,7 +75,8 @@ def attach(
     skip = skip and whole("skip", skip, least=0)
     how = {"similarity": similarity, "selection": selection, "relative": True}
     positions = Positions()
-    positions.as_they_come = None if is_causal(model) else skip or 0
+    positions.as_they_come = not is_causal(model)
+    positions.first = int(is_causal(model)) if skip is None else skip
     books = {}
     for (site, layer), module in find_sites(model, sites, layers).items():
         if module in books:
@@ -85,17 +87,16 @@ def attach(
         codebook.name = f"{site}.{layer}"
         codebook.positions = positions
         books[module] = codebook.to(device_of(module, model)).train(module.training)
-    install(model, books, positions, skip)
+    install(model, books, positions)
     return model
 
 
-def install(model, books, positions, skip):
+def install(model, books, positions):
     """Hangs each codebook of {module: codebook} into its module, and hooks on both."""
-    handles = []
-    for part in wholes(model) if is_causal(model) else ():
-        part.codebook_positions = positions
-        part.codebook_skip = 1 if skip is None else skip
-        handles.append(part.register_forward_pre_hook(find_positions, with_kwargs=True))
+    # The model, and what its user may call in its place: that without the last layer.
+    parts = {model, getattr(model, "base_model", model)} if is_causal(model) else ()
+    find = partial(find_positions, positions)
+    handles = [part.register_forward_pre_hook(find, with_kwargs=True) for part in parts]
     for module, codebook in books.items():
         module.codebook = codebook
         if codebook.name.startswith("head."):
@@ -112,9 +113,6 @@ def detach(model):
     for handle in model.codebook_handles:
         handle.remove()
     del model.codebook_handles
-    for part in wholes(model):
-        vars(part).pop("codebook_positions", None)
-        vars(part).pop("codebook_skip", None)
     for module in list(model.modules()):
         if isinstance(getattr(module, "codebook", None), Codebook):
             del module.codebook
@@ -127,11 +125,6 @@ def device_of(module, model):
     if weights.is_meta:
         raise ValueError("attach before the weights are moved out of memory: these are gone")
     return weights.device
-
-
-def wholes(model):
-    """The model, and what its user may call in its place: that without the last layer."""
-    return {model, getattr(model, "base_model", model)}
 
 
 # -- the hooks: module-level functions, so that a copy of the model has them, with its own codebooks
@@ -151,16 +144,16 @@ def through_output(module, arguments, output):
 def through(codebook, x):
     """The codebook on x (B, T, d), or on (B * T, d), which OPT makes of it."""
     positions = codebook.positions
-    if positions.as_they_come is not None and x.dim() > 2:
-        number = torch.arange(x[0, ..., 0].numel(), device=x.device).unsqueeze(0)
-        skip = (number < positions.as_they_come).expand(len(x), -1)
+    if positions.as_they_come and x.dim() > 2:
+        number = torch.arange(x.shape[1:-1].numel(), device=x.device).unsqueeze(0)
+        skip = (number < positions.first).expand(len(x), -1)
         positions.advance(number, 0, skip if skip.any() else None)
     if x.dim() == 2 and positions.number is not None:
         return codebook(x.view(-1, positions.number.shape[1], x.shape[1])).view(x.shape)
     return codebook(x)
 
 
-def find_positions(module, arguments, named):
+def find_positions(positions, module, arguments, named):
     """Before each pass: where its tokens stand in their sequences, by the mask and the cache."""
     if getattr(module, "_is_replica", False):
         raise ValueError("codebooks don't go through nn.DataParallel: DistributedDataParallel does")
@@ -174,16 +167,15 @@ def find_positions(module, arguments, named):
     past = 0 if cache is None else int(cache.get_seq_length())
     mask = named.get("attention_mask")
     if mask is None:
-        number = torch.arange(past, past + length, device=tokens.device).unsqueeze(0)
-    elif isinstance(mask, torch.Tensor) and mask.shape == (n_rows, past + length):
-        number = (mask.long().cumsum(-1) - 1).where(mask.bool(), -1)[:, past:]
-    else:
+        mask = torch.ones(n_rows, past + length, device=tokens.device)
+    if not isinstance(mask, torch.Tensor) or mask.shape != (n_rows, past + length):
         wanted = f"({n_rows}, {past + length}), 1 for each token so far that is no padding"
         raise ValueError(
             f"codebooks need an attention_mask {wanted} (a static cache makes another of it)"
         )
-    skip = (number < module.codebook_skip).expand(n_rows, length)
-    module.codebook_positions.advance(number, past, skip if skip.any() else None)
+    number = (mask.long().cumsum(-1) - 1).where(mask.bool(), -1)[:, past:]
+    skip = number < positions.first
+    positions.advance(number, past, skip if skip.any() else None)
 
 
 # -- which modules
@@ -197,11 +189,11 @@ def find_sites(model, sites, layers):
         names = sites.split(",") if isinstance(sites, str) else sites
         found = find_in_blocks(model, [name.strip() for name in names])
     there_are = {layer for _, layer in found}
-    layers = [layers] if isinstance(layers, int) else layers
-    for layer in layers or ():
+    wanted = there_are if layers is None else layers
+    wanted = [wanted] if isinstance(wanted, int) else wanted
+    for layer in wanted:
         if layer not in there_are:
             raise ValueError(f"layers: this model has 0 to {max(there_are)}, not {layer}")
-    wanted = there_are if layers is None else layers
     return {place: module for place, module in found.items() if place[1] in wanted}
 
 
@@ -220,9 +212,9 @@ def find_in_blocks(model, sites):
     found = {}
     for layer, block in enumerate(lists[0] if lists else ()):
         inside = dict(block.named_modules())
-        for site in PATHS:
+        for site in sites:
             path = next((path for path in PATHS[site] if path in inside), None)
-            if site in sites and path:
+            if path:
                 found[site, layer] = inside[path]
     for site in sites:
         if site not in {name for name, _ in found}:
@@ -237,11 +229,9 @@ def find_patterns(model, patterns):
     paths = {}
     for site, pattern in patterns.items():
         parts = re.escape(pattern).replace(r"\*", r"([^.]+)")
-        matches = []
-        for path, module in model.named_modules():
-            match = re.fullmatch(rf"(?:.*\.)?{parts}", path)
-            if match:
-                matches.append((match, module))
+        whole_path = re.compile(rf"(?:.*\.)?{parts}")
+        matches = [(whole_path.fullmatch(path), module) for path, module in model.named_modules()]
+        matches = [(match, module) for match, module in matches if match]
         if not matches:
             raise ValueError(f"{site}: this model has no module {pattern}")
         for number, (match, module) in enumerate(matches):
@@ -340,24 +330,20 @@ def start_codebooks(model, *inputs, generator=None, **named):
             codebook.enabled = True
             del waiting[codebook]
             progress.update()
-
-    def end(codebook, arguments, output):
-        if not waiting:
-            raise _Done
+            if not waiting:
+                raise _Done
 
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         progress = stack.enter_context(bar(total=len(waiting), desc="k-means", leave=False))
         for codebook in waiting:
             stack.enter_context(codebook.register_forward_pre_hook(start))
-            stack.enter_context(codebook.register_forward_hook(end))
         try:
             model(*inputs, **named)
         except _Done:
-            pass
-        except Exception:
-            for codebook, was_on in were_on.items():
-                codebook.enabled = was_on
-            raise
+            were_on = dict.fromkeys(were_on, True)
+        finally:
+            for codebook, on in were_on.items():
+                codebook.enabled = on
     if waiting:
         raise ValueError(f"these codebooks were not reached: {', '.join(waiting.values())}")

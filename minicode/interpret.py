@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from minicode.language.topics import BUDGET, check_budget, find_topic
+from minicode.language.topics import BUDGET, find_topic
 from minicode.notation import Code
 from minicode.runtime.arguments import check_range
 from minicode.runtime.options import Parser
@@ -30,8 +30,7 @@ def main(argv=None):
     with parser.user_errors():
         run = load_run(args.run or latest_run())
         run.sites()
-        check_budget(args.budget)
-        for name in ("precision", "recall"):
+        for name in ("precision", "recall", "budget"):
             check_range(name, getattr(args, name), least=0, below=1e38)
         topics = steered(run, args.steer)
         tokens, kinds = held_out(run)

@@ -16,7 +16,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from minicode.codebook import Codebook, Positions, codebooks
-from minicode.runtime.arguments import SELECTIONS, SIMILARITIES, check_range, whole
+from minicode.runtime.arguments import (
+    SELECTIONS,
+    SIMILARITIES,
+    check_multiple,
+    check_range,
+    check_tokens,
+    whole,
+)
 from minicode.runtime.options import check_options, option
 
 # In the order in which a block runs through them.
@@ -38,8 +45,8 @@ class GPTConfig:
     n_codes: int = option(960, "codes in a codebook", least=1)
     n_codes_head: int = option(16, "codes in the codebook of one head", least=1)
     k: int = option(1, "codes chosen at a site and position, by each codebook", least=1)
-    k_head: int = option(0, "the same at the attention heads alone; 0: as --k", least=0)
-    k_mlp: int = option(0, "the same at the MLPs alone, for each group; 0: as --k", least=0)
+    k_head: int = option(0, "the same at the attention heads alone; 0: as --k")
+    k_mlp: int = option(0, "the same at the MLPs alone, for each group; 0: as --k")
     groups_mlp: int = option(
         1,
         "groups of an MLP's codebook: its output is cut into so many parts, each with codes of its "
@@ -73,11 +80,8 @@ class GPTConfig:
 
     def __post_init__(self):
         check_options(self)
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
-        if self.n_embd % self.groups_mlp:
-            among = f"n_embd ({self.n_embd}) must be a multiple of groups_mlp ({self.groups_mlp})"
-            raise ValueError(among)
+        check_multiple("n_embd", self.n_embd, "n_head", self.n_head)
+        check_multiple("n_embd", self.n_embd, "groups_mlp", self.groups_mlp)
         self.sites()
 
     def codebook(self, site, dim):
@@ -182,15 +186,8 @@ class GPT(nn.Module):
         return [block.mlp.mlp_mid_codebook for block in self.h]
 
     def forward(self, tokens, targets=None, cache=None):
-        if tokens.dim() != 2 or not tokens.shape[1]:
-            raise ValueError(f"tokens must be (B, T), T at least 1, not {tuple(tokens.shape)}")
         past = cache[self.h[0].attn][0].shape[2] if cache else 0
-        end = past + tokens.shape[1]
-        if end > self.config.block_size:
-            most = self.config.block_size
-            raise ValueError(f"{end} tokens are more than the block_size of {most}")
-        if past and end > past + 1:
-            raise ValueError("what follows a cache is run one token at a time")
+        end = check_tokens(tokens, past, self.config.block_size)
         self.positions.advance(torch.arange(past, end).unsqueeze(0), past)
         x = self.wte(tokens) + self.wpe.weight[past:end]  # (B, T, n_embd)
         for block in self.h:
@@ -233,11 +230,11 @@ def choose(logits, temperature=1.0, top_k=None, generator=None):
 @contextmanager
 def evaluating(model):
     """Within the block the model is in evaluation mode, without gradients."""
-    were_training = {module: module.training for module in model.modules()}
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for module, was_training in were_training.items():
-            module.training = was_training
+        for module in training:
+            module.training = True

@@ -27,6 +27,7 @@ RANGES = {  # least, and what it has to be below
     "top_k": (1, 2**63),
     "temperature": (0, 1e38),
     "seed": (0, 2**63),
+    "budget": (0, 1e38),
 }
 
 
@@ -75,7 +76,6 @@ def check(args):
         value = getattr(args, name)
         if value is not None:
             check_range(name, value, *limits)
-    topics.check_budget(args.budget)
     if "" in args.force_code and len(args.force_code + args.block_code) > 1:
         raise ValueError("a bare --force-code is the demonstration, and goes with no other code")
 

@@ -33,10 +33,9 @@ class CodesFromData:
         ids = self.search(a)
         error = (a - self.sum_codes(ids)).transpose(0, 1).square().sum(-1)  # (G, N)
         others = self.sum_codes(ids[..., :-1]) if self.k > 1 else 0
-        left = (a - others).transpose(0, 1)  # (G, N, d)
 
         n_seeds = min(int(dead.sum(-1).max()), len(a))
-        seeds = self._seeds(left, n_seeds, generator, error, power=2)
+        seeds = self._seeds(a - others, n_seeds, generator, error, power=2)
         rank = (dead.cumsum(-1) - 1).clamp(0, n_seeds - 1)  # the first dead code: the first seed
         self.codes.copy_(torch.where(dead.unsqueeze(-1), rows_of(seeds, rank), self.codes))
         for moment in optimizer.state.get(self.codes, {}).values():
@@ -57,10 +56,9 @@ class CodesFromData:
         if len(inputs) < self.n_codes:
             needed = f"{self.n_codes} codes need as many inputs to start from"
             raise ValueError(f"{needed}, not {len(inputs)}")
-        a = inputs.transpose(0, 1).contiguous()  # (G, N, d)
-        self.codes.copy_(self._seeds(a, self.n_codes, generator))
+        self.codes.copy_(self._seeds(inputs, self.n_codes, generator))
         for _ in range(rounds):
-            self._move_to_means(a)
+            self._move_to_means(inputs)
         self.codes /= self.k
         for _ in range(rounds if self.k > 1 else 0):
             found = [self.search(part) for part in self._parts(inputs)]
@@ -82,13 +80,12 @@ class CodesFromData:
         processes.take_from_first(self)
 
     def _move_to_means(self, a):
-        """A round of k-means on a (G, N, d): each code moves to the mean of what it is nearest to.
+        """A round of k-means on a (N, G, d): each code moves to the mean of what it is nearest to.
 
         A code that is nearest to nothing stays where it is.
         """
-        ids, _ = self._nearest(a, self.codes)  # (G, N)
-        ids = ids.T.unsqueeze(-1)  # (N, G, 1)
-        total = self._gather(self._bags(ids), a.transpose(0, 1))
+        ids = self._nearest(a, self.codes)
+        total = self._gather(self._bags(ids), a)
         count = self.count(ids).unsqueeze(-1)  # (G, C, 1)
         means = total / count.clamp_min(1)
         self.codes.copy_(torch.where(count > 0, means, self.codes))
@@ -132,27 +129,27 @@ class CodesFromData:
         return total.view(self.codes.shape)
 
     def _nearest(self, a, codes):
-        """For each of a (G, N, d): the nearest code's id, its squared distance; both (G, N)."""
-        parts = self._parts(a.transpose(0, 1))
-        found = [topk_codes(part, codes, 1, "distance")[1] for part in parts]
-        ids = torch.cat(found).squeeze(-1).T
-        return ids, (a - rows_of(codes, ids)).square().sum(-1)
+        """For each of a (N, G, d) the id of the nearest of codes (G, C, d): (N, G, 1)."""
+        found = [topk_codes(part, codes, 1, "distance")[1] for part in self._parts(a)]
+        return torch.cat(found)
 
     def _seeds(self, a, n, generator, nearest=None, power=1):
-        """n of a (G, N, d), far from each other and from what is at distances `nearest` (G, N).
+        """n of a (N, G, d), far from each other and from what is at distances `nearest` (G, N).
 
         In 16 lots, each drawn in proportion to the squared distance, to that power, from what was
         drawn before (k-means||, Bahmani et al. 2012): rare clusters get codes, and none gets many.
         """
         if not (a.abs() < 1e10).all():  # so that squares, and what is made of them, are numbers
             raise ValueError("codes come from inputs that are numbers below 1e10, and some are not")
+        rows = a.transpose(0, 1).contiguous()  # (G, N, d)
         seeds = []
         for lot in torch.arange(n).tensor_split(min(16, n)):
-            weights = torch.ones_like(a[..., 0])
+            weights = torch.ones_like(rows[..., 0])
             if nearest is not None:
                 weights = (nearest**power + 1e-12).clamp_max(1e30)
-            drawn = rows_of(a, torch.multinomial(weights, len(lot), generator=generator))
-            _, distance = self._nearest(a, drawn)
+            drawn = rows_of(rows, torch.multinomial(weights, len(lot), generator=generator))
+            ids = self._nearest(a, drawn).squeeze(-1).T
+            distance = (rows - rows_of(drawn, ids)).square().sum(-1)
             nearest = distance if nearest is None else torch.minimum(nearest, distance)
             seeds.append(drawn)
         return torch.cat(seeds, dim=1)

@@ -10,6 +10,8 @@ the extension in csrc/ where it can be built and serves, else in PyTorch, chunk 
 `python -m minicode.topk` tells which.
 """
 
+from functools import partial
+
 import torch
 
 from minicode.runtime import extension, native
@@ -74,11 +76,9 @@ def topk_codes(x, codes, k=1, similarity="cosine", selection="nearest", blocked=
     rows = x.reshape(-1, groups, dim).transpose(0, 1)  # (G, N, d)
     if blocked is not None:
         blocked = blocked.reshape(-1, groups, n_codes).transpose(0, 1)  # (G, N, C)
-    search = torch.ops.minicode.topk_codes
-    scores, ids = search(rows, table, k, similarity, selection, blocked)  # (G, N, k)
+    found = torch.ops.minicode.topk_codes(rows, table, k, similarity, selection, blocked)
     shape = (*x.shape[:-1], k)  # (..., k) or (..., G, k)
-    scores = scores.transpose(0, 1).reshape(shape)
-    ids = ids.transpose(0, 1).reshape(shape)
+    scores, ids = (part.transpose(0, 1).reshape(shape) for part in found)  # from (G, N, k)
     return scores, ids
 
 
@@ -94,19 +94,23 @@ def _search(
     selection: str = "nearest",
     blocked: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    check_left(blocked, k)
     pursuit = selection == "pursuit" and k > 1
-    if blocked is not None:
-        check_left(blocked, k)
     with torch.autocast(x.device.type, enabled=False):
         if blocked is None and not pursuit and native.serves(x, k):
-            return native.search(x, codes, k, similarity, scale_and_offset)
-        with float32_throughout():
+            found = native.search(x, codes, k, similarity, scale_and_offset)
+        else:
             search = pursue_in_chunks if pursuit else search_in_chunks
-            return search(x, codes, k, similarity, blocked)
+            with float32_throughout():
+                found = search(x, codes, k, similarity, blocked)
+    if len(found) == 1:
+        return tuple(found[0])
+    scores, ids = zip(*found)
+    return torch.cat(scores, dim=1), torch.cat(ids, dim=1)
 
 
 @_search.register_fake
-def _(x, codes, k, similarity, selection="nearest", blocked=None):
+def _(x, codes, k, *how):
     scores = x.new_empty((*x.shape[:2], k), dtype=torch.float32)
     return scores, torch.empty_like(scores, dtype=torch.int64)
 
@@ -126,17 +130,14 @@ def search_in_chunks(x, codes, k, similarity, blocked=None):
     """The definition, in chunks of rows whose scores take 64 MB, or on a CPU 8."""
     scale, offset = scale_and_offset(codes, similarity)
     table = (codes.float() * scale.mT).mT  # (G, d, C)
-    scores = []
-    ids = []
+    found = []
     most = 1 << 24 if x.is_cuda else 1 << 21
     for rows, bad in chunks(x, codes.shape[1], blocked, most):
-        of_rows = torch.baddbmm(offset, rows, table)
+        scores = torch.baddbmm(offset, rows, table)
         if bad is not None:
-            of_rows.masked_fill_(bad, -torch.inf)
-        best, which = best_of(of_rows, k)
-        scores.append(best)
-        ids.append(which)
-    return torch.cat(scores, dim=1), torch.cat(ids, dim=1)
+            scores.masked_fill_(bad, -torch.inf)
+        found.append(best_of(scores, k))
+    return found
 
 
 def best_of(scores, k):
@@ -146,8 +147,8 @@ def best_of(scores, k):
         return scores.max(dim=-1, keepdim=True)  # the first of equals
     best, ids = scores.topk(min(k + 1, scores.shape[-1]))  # one more, which may equal the k-th
     tied = (best[..., 1:] == best[..., :-1]).any(-1)  # (G, n): of equals topk takes any
-    best = best[..., :k]
-    ids = ids[..., :k]
+    best = best[..., :k].contiguous()
+    ids = ids[..., :k].contiguous()
     if tied.any():
         every, columns = scores[tied].sort(dim=-1, descending=True, stable=True)
         best[tied] = every[:, :k]
@@ -160,47 +161,39 @@ def pursue_in_chunks(x, codes, k, similarity, blocked=None):
 
     All scores are computed once, and then k times what the code just chosen takes off them, by the
     Gram matrix (the products of all codes with each other). Where that would take more than 256 MB,
-    or more work than it saves on few rows, what is left is searched again instead.
+    or more work than it saves on few rows, the products are computed as they are needed.
     """
     groups, n_codes, _ = codes.shape
     codes = codes.float()
     scale, offset = scale_and_offset(codes, similarity)
     table = (codes * scale.mT).mT  # (G, d, C)
-    gram = None
-    by_extension = x.is_cpu and blocked is None and native.serves(x, k)
+    change = partial(change_by_choice, -codes, table)
     pays = x.shape[1] * k >= n_codes
     fits = groups * n_codes**2 <= 1 << 26  # 256 MB
     if pays and fits:
-        gram = change_by_choice(codes, table)  # (G, C, C)
-    most = 1 << 18
-    if by_extension:
-        most = 1 << 21
-    elif x.is_cuda:
-        most = 1 << 24
+        every = torch.arange(n_codes, device=x.device).expand(groups, -1)
+        gram = change(every)  # (G, C, C)
+        change = partial(rows_of, gram)
+    by_extension = pays and fits and x.is_cpu and blocked is None and native.serves(x, k)
+    most = 1 << 24 if x.is_cuda else 1 << 18
+    if by_extension or not fits:
+        most = max(most, 1 << 21)
     found = []
-    for left, bad in chunks(x, n_codes, blocked, most):
-        if gram is not None and by_extension:
-            products = torch.bmm(left, table)  # (G, n, C)
+    for rows, bad in chunks(x, n_codes, blocked, most):
+        if by_extension:
+            products = torch.bmm(rows, table)  # (G, n, C)
             found.append(torch.ops.minicode_native.pursue(products, offset, gram, k))
             continue
-        scores = finite(torch.baddbmm(offset, left, table))
+        scores = finite(torch.baddbmm(offset, rows, table))
         if bad is not None:
             scores.masked_fill_(bad, -torch.inf)
         chosen = []
         for _ in range(k):
             best = scores.max(dim=-1)  # the first of equals; (G, n)
             chosen.append(best)
-            if gram is not None:
-                # Which leaves -inf to those chosen before.
-                scores += rows_of(gram, best.indices)
-                continue
-            taken = scores.isneginf().scatter_(-1, best.indices.unsqueeze(-1), True)
-            left = left - rows_of(codes, best.indices)
-            scores = finite(torch.baddbmm(offset, left, table))
-            scores.masked_fill_(taken, -torch.inf)
+            scores += change(best.indices)
         found.append([torch.stack(parts, dim=-1) for parts in zip(*chosen)])
-    scores, ids = zip(*found)
-    return torch.cat(scores, dim=1), torch.cat(ids, dim=1)
+    return found
 
 
 def rows_of(table, ids):
@@ -210,14 +203,13 @@ def rows_of(table, ids):
     return rows.view(*ids.shape, table.shape[2])
 
 
-def change_by_choice(codes, table):
-    """By how much the scores of all codes change when one is chosen; its own, to -inf: (G, C, C).
+def change_by_choice(minus_codes, table, ids):
+    """By how much choosing the codes ids (G, n) changes all scores; their own, to -inf: (G, n, C).
 
     Finite, so that no score becomes NaN, and none but those of chosen and blocked codes is -inf.
     """
-    change = finite(-codes @ table).clamp_(-1e30, 1e30)
-    change.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
-    return change
+    change = finite(rows_of(minus_codes, ids) @ table).clamp_(-1e30, 1e30)
+    return change.scatter_(-1, ids.unsqueeze(-1), -torch.inf)
 
 
 def finite(scores):

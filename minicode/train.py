@@ -9,7 +9,7 @@ one, to the last bit.
 import math
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import numpy as np
 import torch
@@ -108,15 +108,9 @@ def train_step(model, forward, optimizer, config, step, data):
     return loss.detach()
 
 
-def held_out(model, data, seed, n):
-    """n sequences (n, T + 1) that the measures are of."""
-    return data.held_out(np.random.default_rng((seed, 2)), n, model.config.block_size + 1)
-
-
 def pass_over(model, data, tokens):
-    """Loss and accuracy on tokens (n, T + 1); how often codes fire, and Errors, both by site."""
+    """Loss and accuracy on tokens (n, T + 1); Errors by site."""
     books = active_codebooks(model)
-    counts = {name: torch.zeros_like(codebook.usage) for name, codebook in books.items()}
     loss = 0.0
     accuracy = 0.0
     errors = {name: Errors() for name in books}
@@ -129,20 +123,22 @@ def pass_over(model, data, tokens):
         right = (logits.argmax(-1) == targets).float().mean()
         loss += part_loss.item() * len(part) / len(tokens)
         accuracy += right.item() * len(part) / len(tokens)
-        for name, codebook in books.items():
-            counts[name] += codebook.count(codebook.ids)
     if not math.isfinite(loss):
         raise FloatingPointError("the loss on held-out data is no number: try a lower --lr")
-    return loss, accuracy, counts, errors
+    return loss, accuracy, errors
 
 
-def evaluate(model, data, seed, n):
-    """The measures of a model on n fresh sequences, by the names of design.md, ready for JSON."""
-    tokens = held_out(model, data, seed, n)
-    loss, accuracy, counts, errors = pass_over(model, data, tokens)
+def evaluate(model, data, seed, n, zero=False):
+    """The measures of a model on n fresh sequences, by the names of design.md, ready for JSON.
+
+    zero: with the loss of the model whose sites pass on nothing.
+    """
+    tokens = data.held_out(np.random.default_rng((seed, 2)), n, model.config.block_size + 1)
+    loss, accuracy, errors = pass_over(model, data, tokens)
     figures = {"loss": loss, "accuracy": accuracy, **data.measures(tokens, loss)}
     if isinstance(data, FSM):
         figures |= accuracies(data, model, seed)
+    counts = {name: site.count for name, site in errors.items()}
     if counts:
         every = torch.cat([count.flatten() for count in counts.values()])
         figures["dead_code_fraction"] = (every == 0).float().mean().item()
@@ -150,8 +146,11 @@ def evaluate(model, data, seed, n):
         for name, site in figures["sites"].items():
             site["fvu"] = errors[name].fvu()
         figures["fvu"] = np.mean([site["fvu"] for site in figures["sites"].values()]).item()
-        chosen = [codebook.groups * codebook.k for codebook in active_codebooks(model).values()]
-        figures["codes_per_token"] = sum(chosen)
+        books = active_codebooks(model).values()
+        figures["codes_per_token"] = sum(codebook.groups * codebook.k for codebook in books)
+        if zero:
+            with zeroed(model):
+                figures["loss_zero"] = pass_over(model, data, tokens)[0]
     return figures
 
 
@@ -166,18 +165,13 @@ def train(session):
     forward = wrapped(session)
     began = time.monotonic() - session.seconds
     model.train()
-    session.paced = session.step, session.seconds
     steps_bar = bar(total=config.steps, initial=session.step, unit="step")
-    with stop_signals(), steps_bar:
+    with stop_signals(), steps_bar, suppress(processes.Stopped):
         for step in range(session.step, config.steps):
             generator = torch.Generator(model.device).manual_seed(seed_of(config, step))
             if step == session.start_step:
-                try:
-                    begin_codebooks(session, generator)
-                except processes.Stopped:
-                    return None
+                begin_codebooks(session, generator)
                 forward = wrapped(session)
-                session.paced = step, time.monotonic() - began
 
             loss = train_step(model, forward, session.optimizer, config, step, session.data)
             stopped = processes.stopping(model.device)
@@ -191,8 +185,10 @@ def train(session):
             if config.checkpoint_is_due(session.step) or stopped:
                 processes.first(keep, session)
             show(steps_bar, session, loss)
-            if stopped and session.step < config.steps:
-                return None
+            if stopped:
+                break
+    if session.step < config.steps:
+        return None
     return processes.first(summarise, session) or {}
 
 
@@ -233,12 +229,9 @@ def look(session):
     """Evaluates, and adds a line to the metrics."""
     config = session.config
     done = session.step
-    n = n_evaluated(session.data, done == config.steps)
-    figures = evaluate(session.model, session.data, config.seed, n)
-    if done == config.steps and "sites" in figures:
-        tokens = held_out(session.model, session.data, config.seed, n)
-        with zeroed(session.model):
-            figures["loss_zero"] = pass_over(session.model, session.data, tokens)[0]
+    at_the_end = done == config.steps
+    n = n_evaluated(session.data, at_the_end)
+    figures = evaluate(session.model, session.data, config.seed, n, zero=at_the_end)
     seen = done * config.batch_size * config.block_size
     session.metrics.append({"step": done, "tokens": seen, **figures})
     tqdm.write(describe(session.metrics[-1]))

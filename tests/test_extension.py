@@ -336,12 +336,12 @@ def test_built_once_corrupt_ones_again_and_another_torch_apart(
 @needs_compiler
 def test_the_headers_of_cuda_may_lie_among_those_of_the_system(tmp_path, monkeypatch):
     """As Debian has them: in /usr/include, which no compiler may be given first."""
-    monkeypatch.setattr(extension, "_find_nvcc", lambda: (["/usr/bin/nvcc"], "sm_80"))
+    monkeypatch.setattr(extension, "_find_nvcc", lambda: ("/usr/bin/nvcc", "13.0", "sm_80"))
     source = tmp_path / "sources" / "some.cpp"
     source.parent.mkdir()
     source.write_text("#include <cstdlib>\n", encoding="utf-8")
     with suppress(RuntimeError):  # there may be nothing of CUDA to link
-        extension._build(tmp_path, extension._find_tools("cuda"), [source])
+        extension._build(tmp_path, extension._rules("cuda", [source]), [source])
     assert "-idirafter /usr/include " in (tmp_path / "build.ninja").read_text(encoding="utf-8")
     assert (tmp_path / "some.cpp.o").exists()
 

@@ -169,7 +169,7 @@ def test_what_is_no_model_is_one_line_and_leaves_no_folder(hub, tmp_path, capsys
     assert "could not be read as a causal model" in refused(other)
     assert "n_layer doesn't go with a pretrained model" in refused(hub, "--n-layer", "3")
     assert "there is no site 'attn'; the sites are head, mlp" in refused(hub, "--codebooks", "attn")
-    assert "block_size (65) must be at most 64" in refused(hub, "--block-size", "65")
+    assert "block_size must be below 65, not 65" in refused(hub, "--block-size", "65")
     assert "vocab doesn't go with a pretrained model" in refused(hub, "--vocab", "300")
     assert "layer_norm doesn't go with" in refused(hub, "--layer-norm")
     mamba = shutil.copytree(hub, tmp_path / "mamba")

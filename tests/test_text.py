@@ -307,7 +307,7 @@ BAD_TEXT = [
     (b"\n\n \n\n", "too little text"),
     (b"Hello.", "too little text: 0 tokens to train on"),
     (b"one two three four\n\n" * 40, "too little text"),
-    (b"word \n\n" * 9 + b"w\n\nx\n\nyz\n\n", "block_size (24) must be at most"),
+    (b"word \n\n" * 9 + b"w\n\nx\n\nyz\n\n", "block_size must be below"),
     (LATIN, "is not UTF-8: byte 0xe9 at offset 3 (invalid continuation byte)"),
     (b"abc \n\n" * 2000 + b"\xff\xfe", "is not UTF-8: byte 0xff at offset 12000"),
     ("UTF-16".encode("utf-16"), "is not UTF-8: byte 0xff at offset 0 (invalid start byte)"),

@@ -394,7 +394,7 @@ def test_own_text_is_steered_by_its_words(own_run, quick, capsys):
     assert table["budget"] == 1
     for flags, words in (
         (["--steer", "word:zebra"], "word:zebra: none of its words is in the vocabulary"),
-        (["--budget", "nan"], "budget must be a number of nats, at least 0, not nan"),
+        (["--budget", "nan"], "budget must be at least 0, not nan"),
         (["--steer", "word:yes", "--search", "yes"], "not allowed with"),
     ):
         assert words in refusal(interpret, "--run", own_run, *flags, capsys=capsys)
@@ -431,7 +431,7 @@ BAD_INPUT = [
     ("--force-code word:zebra", "word:zebra: none of its words is in the vocabulary of "),
     ("--force-code words:dog/", "words:dog/: write words:king,queen, or words:king,queen/crown"),
     ("--force-code words:a/b/c", "words:a/b/c: write words:king,queen, or"),
-    ("--force-code topic:dog --budget -1", "budget must be a number of nats, at least 0, not -1"),
+    ("--force-code topic:dog --budget -1", "budget must be at least 0, not -1"),
     ("--prompt " + "word_" * 40, "leaves room for 0 tokens"),
 ]
 

@@ -398,7 +398,7 @@ def test_only_rank_0_speaks(monkeypatch, capsys):
         ("--n-codes 1000000000000", "there is no room for this model"),
         ("--batch-size 100000000000", "there is no room for this model, or its batches"),
         (f"--seed {2**63}", "seed must be below 9223372036854775808"),
-        ("--block-size 3", "block_size (3) must be at least 4 here"),
+        ("--block-size 3", "block_size must be at least 4, not 3"),
         ("--lr fast", "--lr: invalid float value: 'fast'"),
         ("--n-code 5 --stepps 3", "unrecognized arguments: --n-code 5 --stepps 3"),
         ("--preset papper", "invalid choice: 'papper'"),

@@ -13,6 +13,7 @@ from torch import nn
 
 from minicode.hooks import attach, find_sites, width_in
 from minicode.model import GPT
+from minicode.runtime.arguments import check_tokens
 from minicode.runtime.files import reading
 
 FOLDER = "pretrained"  # in a run's folder: what is needed to build the model, but its weights
@@ -166,11 +167,8 @@ class Pretrained(nn.Module):
         return [[part for part in mlp.modules() if width_in(part)][-1] for mlp in mlps]
 
     def forward(self, tokens, targets=None, cache=None):
-        end = tokens.shape[1] + (cache["past"].get_seq_length() if cache else 0)
-        if end > self.config.block_size:
-            raise ValueError(
-                f"{end} tokens are more than the block_size of {self.config.block_size}"
-            )
+        n_past = cache["past"].get_seq_length() if cache else 0
+        check_tokens(tokens, n_past, self.config.block_size)
         past = {self.cache_name: cache["past"]} if cache else {}
         found = self.model(tokens, use_cache=cache is not None, **past)
         if cache is not None:

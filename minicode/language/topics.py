@@ -28,7 +28,7 @@ from minicode.language.stories import one_of, stories
 from minicode.model import evaluating
 from minicode.notation import Code
 from minicode.runtime.files import read_json, write
-from minicode.study.detectors import detect, n_recorded, record_codes
+from minicode.study.detectors import detect_one, n_recorded, record_codes
 
 BUDGET = 0.25  # nats a token by which forced codes may surprise the dense model
 CHOICES = "steering.json"  # its name in a run's folder
@@ -90,11 +90,6 @@ def find_topic(run, text):
     if not topic.tokens(run.tokenizer):
         raise ValueError(f"{text}: none of its words is in the vocabulary of {run.folder}")
     return topic
-
-
-def check_budget(budget):
-    if not 0 <= budget < float("inf"):
-        raise ValueError(f"budget must be a number of nats, at least 0, not {budget}")
 
 
 # -- their codes
@@ -230,18 +225,18 @@ class Effect:
 
     def near(self, topic):
         """The codes that detect the places near the topic's words best, best first."""
-        labels = np.where(self.places(topic)[: len(self.recording.tokens)], 0, -1)
-        found = detect(self.recording, labels, [topic.title])
-        best_first = np.argsort(-found.f1[:, 0], kind="stable")
+        there = self.places(topic)[: len(self.recording.tokens)]
+        found = detect_one(self.recording, there)
+        best_first = np.argsort(-found.f1, kind="stable")
         return [str(self.recording.names[i]) for i in best_first[: 5 * N_CANDIDATES]]
 
     def with_room(self, candidates, chosen):
         """Those that can be forced beside the chosen ones: at most k of one codebook are."""
-        model = self.run.model
-        places = Counter(text.rpartition(".")[0] for text in chosen)
+        taken = Counter(text.rpartition(".")[0] for text in chosen)
+        books = codebooks(self.run.model)
         free = []
         for text in candidates:
-            k = codebooks(model)[Code.parse(text, model).site].k
-            if places[text.rpartition(".")[0]] < k:
+            site = Code.parse(text, self.run.model).site
+            if taken[text.rpartition(".")[0]] < books[site].k:
                 free.append(text)
         return free

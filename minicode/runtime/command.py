@@ -72,14 +72,13 @@ def flags(name, about, kind, presets, out):
 
 def configure(args, data, presets):
     """The configuration that flags and data ask for. ValueError where they don't go together."""
-    kind = type(data)
     preset = "pretrained" if data.model and args.preset == "default" else args.preset
     settings = presets["default"] | presets[preset] | given(args, TrainConfig)
-    asked = {**given(args, kind), **given(args, TrainConfig)}
     sizes = data.sizes()
     if data.model:
-        for name in asked.keys() & {*sizes, "vocab"}:
-            raise ValueError(f"{name} doesn't go with a pretrained model, which has its own")
+        for name in (*sizes, "vocab"):
+            if name in args:
+                raise ValueError(f"{name} doesn't go with a pretrained model, which has its own")
         if Path(data.model).resolve() in (args.out.resolve(), *args.out.resolve().parents):
             raise ValueError(f"--out {args.out} is in the folder of the model itself")
     config = TrainConfig(**settings | sizes)
@@ -98,7 +97,7 @@ def command(argv, name, about, kind, presets, out, compare):
             config = configure(args, data, presets)
             processes.first(held.enter_context, owned(args.out))
             session = open_session(config, data, args.out, args.resume, args.overwrite)
-        with parser.user_errors((ArithmeticError, ValueError, OSError), status=1):
+        with parser.user_errors(status=1):
             return run_to_the_end(session, compare)
 
 

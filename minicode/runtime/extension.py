@@ -23,7 +23,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -76,15 +75,17 @@ def _say(line):
 
 def _load(device):
     """Loads the binary for a device, after building it if it is not there; returns its path."""
-    tools = _find_tools(device)
     sources = _sources(device)
+    rules = _rules(device, sources)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minicode"
-    binary = cache / f"topk-{device}-{_key(tools, sources)}.so"
+    texts = [path.read_text(encoding="utf-8") for path in sources]
+    key = hashlib.sha256("\0".join([rules, *texts]).encode()).hexdigest()[:24]
+    binary = cache / f"topk-{device}-{key}.so"
     if not _intact(binary):
         cache.mkdir(parents=True, exist_ok=True)
         _say("compiling the search, once; it takes a quarter of a minute")
         with tempfile.TemporaryDirectory(dir=cache, prefix="build-") as folder:
-            built = _build(Path(folder), tools, sources)
+            built = _build(Path(folder), rules, sources)
             content = built.read_bytes()
             # A loader ignores what follows the ELF file.
             built.write_bytes(content + hashlib.sha256(content).digest())
@@ -103,71 +104,6 @@ def _intact(binary):
 # -- what there is to build, and to build it with
 
 
-@dataclass
-class _Tools:
-    """How to compile: commands with their arguments, as a shell reads them."""
-
-    cxx: str
-    flags: str
-    libraries: str
-    nvcc: str = ""
-
-
-def _find_tools(device):
-    """The compilers for a device; RuntimeError without one."""
-    cxx = _words("CXX") or [_first_of("c++", "g++", "clang++")]
-    if not shutil.which(cxx[0]):
-        raise RuntimeError(f"there is no C++ compiler {cxx[0]}")
-    torch_home = shlex.quote(str(Path(torch.__file__).parent))
-    flags = f"{FLAGS} -isystem {torch_home}/include"
-    libraries = f"-L{torch_home}/lib -lc10 -ltorch_cpu"
-    nvcc = ""
-    if device == "cuda":
-        words, arch = _find_nvcc()
-        libraries += " -lc10_cuda -lcudart"
-        # nvcc may be a script that calls another; its home may be /usr, whose headers come last.
-        nvcc_home = Path(shutil.which(words[0]) or words[0]).resolve().parent.parent
-        for home in (nvcc_home, _cuda_home()):
-            flags += f" -idirafter {home}/include"
-            libraries += f" -L{home}/lib64"
-        host = os.environ.get("CUDAHOSTCXX")
-        host = f" -ccbin {shlex.quote(host)}" if host else ""
-        nvcc = f"{shlex.join(words)} {CUDA_FLAGS} -arch={arch}{host} {_flags('CUDAFLAGS')}"
-    flags += f" {_flags('CXXFLAGS')}"
-    libraries += f" {_flags('LDFLAGS')}"
-    return _Tools(shlex.join(cxx), flags, libraries, nvcc)
-
-
-def _find_nvcc():
-    """The words of a command that is torch's CUDA's nvcc, and the GPU's architecture."""
-    if not torch.version.cuda:
-        raise RuntimeError("this torch is built without CUDA")
-    nvcc = _words("CUDACXX") or [_first_of("nvcc", f"{_cuda_home()}/bin/nvcc")]
-    major = torch.version.cuda.split(".")[0]
-    if f"release {major}." not in _output(*nvcc, "--version"):
-        raise RuntimeError(f"there is no nvcc of CUDA {major}, as torch's")
-    major, minor = torch.cuda.get_device_capability()
-    return nvcc, f"sm_{major}{minor}"
-
-
-def _cuda_home():
-    return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-
-
-def _words(variable):
-    """The words of an environment variable, as a shell reads them."""
-    return shlex.split(os.environ.get(variable, ""))
-
-
-def _flags(variable):
-    return shlex.join(_words(variable))
-
-
-def _first_of(*names):
-    """The first of these programs that there is; the last, if there is none."""
-    return next(filter(shutil.which, names), names[-1])
-
-
 def _sources(device):
     """The files of csrc/, which is part of an installed package, and beside it in a clone."""
     folder = PACKAGE / "csrc"
@@ -176,33 +112,91 @@ def _sources(device):
     return [folder / name for name in (*SOURCES[device], *HEADERS)]
 
 
-def _key(tools, sources):
-    """Stands for everything that the binary depends on: another of any, another key."""
-    cpu = _output("grep", "-Em1", "^(flags|Features)", "/proc/cpuinfo")
-    parts = [torch.__version__, torch.version.cuda, sys.version, platform.machine(), cpu]
-    parts += [tools, _output(*shlex.split(tools.cxx), "--version")]
-    if tools.nvcc:
-        parts.append(_output(shlex.split(tools.nvcc)[0], "--version"))
-    parts += [path.read_text(encoding="utf-8") for path in sources]
-    text = "\0".join(map(str, parts))
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
+def _rules(device, sources):
+    """What ninja reads: how files are compiled and linked, and which; RuntimeError if none can be.
+
+    Its first line is what else the binary depends on: with the sources' text that is everything.
+    """
+    cxx = _words("CXX", _first_of("c++", "g++", "clang++"))
+    compiler = shlex.split(cxx)[0]
+    if not shutil.which(compiler):
+        raise RuntimeError(f"there is no C++ compiler {compiler}")
+    torch_home = shlex.quote(str(Path(torch.__file__).parent))
+    flags = f"{FLAGS} -isystem {torch_home}/include"
+    libraries = f"-L{torch_home}/lib -lc10 -ltorch_cpu"
+    cpu = _output("grep -Em1 '^(flags|Features)' /proc/cpuinfo")
+    versions = [torch.__version__, torch.version.cuda, sys.version, platform.machine(), cpu]
+    versions.append(_output(f"{cxx} --version"))
+    nvcc = ""
+    if device == "cuda":
+        nvcc, version, arch = _find_nvcc()
+        versions.append(version)
+        libraries += " -lc10_cuda -lcudart"
+        # nvcc may be a script that calls another; its home may be /usr, whose headers come last.
+        program = shlex.split(nvcc)[0]
+        nvcc_home = Path(shutil.which(program) or program).resolve().parent.parent
+        for home in (nvcc_home, _cuda_home()):
+            flags += f" -idirafter {home}/include"
+            libraries += f" -L{home}/lib64"
+        host = os.environ.get("CUDAHOSTCXX")
+        host = f" -ccbin {shlex.quote(host)}" if host else ""
+        nvcc += f" {CUDA_FLAGS} -arch={arch}{host} {_words('CUDAFLAGS')}"
+    commands = {
+        "cpp": f"{cxx} {flags} {_words('CXXFLAGS')} -c $in -o $out",
+        "cu": f"{nvcc} -c $in -o $out",
+        "link": f"{cxx} -shared -fopenmp $in {libraries} {_words('LDFLAGS')} -o $out",
+    }
+    rules = f"# {' '.join(str(versions).split())}\n"
+    for name, command in commands.items():
+        rules += f"rule {name}\n command = {command}\n"
+    objects = ""
+    for path in sources:
+        if path.suffix in (".cpp", ".cu"):
+            rules += f"build {path.name}.o: {path.suffix[1:]} {path.name}\n"
+            objects += f" {path.name}.o"
+    return rules + f"build topk.so: link{objects}\n"
 
 
-def _output(*command):
+def _find_nvcc():
+    """The command that is torch's CUDA's nvcc, what it says it is, and the GPU's architecture."""
+    if not torch.version.cuda:
+        raise RuntimeError("this torch is built without CUDA")
+    nvcc = _words("CUDACXX", _first_of("nvcc", f"{_cuda_home()}/bin/nvcc"))
+    version = _output(f"{nvcc} --version")
+    major = torch.version.cuda.split(".")[0]
+    if f"release {major}." not in version:
+        raise RuntimeError(f"there is no nvcc of CUDA {major}, as torch's")
+    major, minor = torch.cuda.get_device_capability()
+    return nvcc, version, f"sm_{major}{minor}"
+
+
+def _cuda_home():
+    return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+
+
+def _words(variable, default=""):
+    """An environment variable, if it has any words: these, quoted for a shell; else the default."""
+    return shlex.join(shlex.split(os.environ.get(variable, ""))) or default
+
+
+def _first_of(*names):
+    """The first of these programs that there is; the last, if there is none; quoted."""
+    return shlex.quote(next(filter(shutil.which, names), names[-1]))
+
+
+def _output(command):
     """What a command prints, or nothing if it fails."""
+    how = {"capture_output": True, "encoding": "utf-8", "errors": "replace", "timeout": 60}
     try:
-        result = subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace", timeout=60
-        )
-    except OSError:
+        return subprocess.run(shlex.split(command), check=True, **how).stdout
+    except (OSError, subprocess.CalledProcessError):
         return ""
-    return result.stdout if result.returncode == 0 else ""
 
 
 # -- the build
 
 
-def _build(folder, tools, sources):
+def _build(folder, rules, sources):
     """Compiles in this folder; returns the binary. RuntimeError with the first error's line."""
     try:
         from ninja import BIN_DIR
@@ -210,7 +204,7 @@ def _build(folder, tools, sources):
         raise RuntimeError("there is no ninja (pip install ninja)") from None
     for path in sources:
         shutil.copy(path, folder)
-    (folder / "build.ninja").write_text(_rules(tools, sources), encoding="utf-8")
+    (folder / "build.ninja").write_text(rules, encoding="utf-8")
     command = [f"{BIN_DIR}/ninja", "-C", folder]
     result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if result.returncode:
@@ -220,22 +214,6 @@ def _build(folder, tools, sources):
         errors = [line for line in said if REAL_ERROR.search(line)] or lines[-1:]
         raise RuntimeError(f"the compiler failed: {errors[0]}")
     return folder / "topk.so"
-
-
-def _rules(tools, sources):
-    """What ninja reads: how files are compiled and linked, and then which files."""
-    commands = {
-        "cpp": f"{tools.cxx} {tools.flags} -c $in -o $out",
-        "cu": f"{tools.nvcc} -c $in -o $out",
-        "link": f"{tools.cxx} -shared -fopenmp $in {tools.libraries} -o $out",
-    }
-    rules = "".join(f"rule {name}\n command = {command}\n" for name, command in commands.items())
-    objects = ""
-    for path in sources:
-        if path.suffix in (".cpp", ".cu"):
-            rules += f"build {path.name}.o: {path.suffix[1:]} {path.name}\n"
-            objects += f" {path.name}.o"
-    return rules + f"build topk.so: link{objects}\n"
 
 
 def _register_fakes(device):
@@ -251,9 +229,8 @@ def _register_fakes(device):
     def pursue(scores, offset, change, k):
         return topk(scores, change, k)
 
-    fakes = {"topk": topk, "pursue": pursue} if device == "cpu" else {"topk_cuda": topk_cuda}
-    for name, fake in fakes.items():
-        torch.library.register_fake(f"minicode_native::{name}", fake)
+    for fake in (topk, pursue) if device == "cpu" else (topk_cuda,):
+        torch.library.register_fake(f"minicode_native::{fake.__name__}", fake)
 
 
 def main():

@@ -13,7 +13,7 @@ def serves(x, k):
 
 
 def search(x, codes, k, similarity, scale_and_offset, coarse=True):
-    """x (G, N, d), codes (G, C, d), of any type -> scores, ids (G, N, k), computed in float32.
+    """x (G, N, d), codes (G, C, d), of any type -> [(scores, ids)], part by part, in float32.
 
     scale_and_offset: the function of minicode.topk. coarse: after a pass in half precision, where
     the search is large enough for that to pay.
@@ -24,12 +24,11 @@ def search(x, codes, k, similarity, scale_and_offset, coarse=True):
         search_rows = torch.ops.minicode_native.topk
         how = (codes, k, kind, coarse)
         if x.dtype == torch.float32 and x.stride(-1) == 1:  # it is read where it lies
-            return search_rows(x, *how)
+            return [search_rows(x, *how)]
     else:
         search_rows = gpu.search
         how = (codes, *scale_and_offset(codes, similarity), k, coarse)
     held = codes.shape[0] * max(128, x.shape[2])  # a row, or on a GPU its list of candidates
     most = 1 << 24 if x.is_cuda else 1 << 21
     parts = x.split(max(1, most // held), dim=1)
-    scores, ids = zip(*(search_rows(rows.float().contiguous(), *how) for rows in parts))
-    return torch.cat(scores, dim=1), torch.cat(ids, dim=1)
+    return [search_rows(rows.float().contiguous(), *how) for rows in parts]

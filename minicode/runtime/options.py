@@ -15,7 +15,7 @@ def option(default, help, flag=True, section=None, **valid):
 
     flag     False: it is no flag; or how argparse reads it, where its type doesn't say
     section  heads this flag and those that follow, in a command's help
-    valid    `least`, `below` and `choices`: the values that `check_options` lets pass
+    valid    `least` (0 for a number), `below` and `choices`: what `check_options` lets pass
     """
     about = {"help": help, "flag": flag, "section": section, **valid}
     return field(default=default, metadata=about)
@@ -31,8 +31,9 @@ def check_options(config):
             raise ValueError(f"{f.name} must be of type {wanted}, not {value!r}")
         if "choices" in valid:
             check_one_of(f.name, value, valid["choices"])
-        below = valid.get("below", TOO_MUCH.get(f.type))
-        check_range(f.name, value, valid.get("least"), below)
+        if f.type in TOO_MUCH:
+            below = valid.get("below", TOO_MUCH[f.type])
+            check_range(f.name, value, valid.get("least", 0), below)
 
 
 def add_flags(parser, cls, preset):
@@ -79,11 +80,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(status, f"{self.prog}: error: {' '.join(message.split())}\n")
 
     @contextmanager
-    def user_errors(self, kinds=(ValueError, OSError), status=2):
-        """Errors of these kinds, or a memory that is too small, end the command in one line."""
+    def user_errors(self, status=2):
+        """A user's mistakes, and a memory or a number that is too small, end it in one line."""
         try:
             yield
-        except (*kinds, MemoryError, RuntimeError) as error:
+        except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
             text = str(error) or "there is not enough memory"
             if isinstance(error, RuntimeError) and "alloc" not in text:
                 raise

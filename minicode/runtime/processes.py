@@ -94,10 +94,8 @@ def stopping(device):
 
 
 def ask(number, frame):
-    """Handles a signal. Several processes have to hear of it at the same point of their work."""
+    """Handles a signal, of which all processes have to hear at the same point of their work."""
     asked.append(number)
-    if ranks() == 1:
-        check_stop(device=None)
 
 
 def check_stop(device):

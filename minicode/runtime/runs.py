@@ -50,8 +50,8 @@ FILES = (
 class TrainConfig(GPTConfig):
     steps: int = option(4000, "training steps", section="training", least=1)
     batch_size: int = option(16, "sequences in a batch, of all processes together", least=1)
-    lr: float = option(4e-3, "peak learning rate; warm-up, then a cosine to a tenth of it", least=0)
-    seed: int = option(0, "seed of everything but the data: weights, batches, k-means", least=0)
+    lr: float = option(4e-3, "peak learning rate; warm-up, then a cosine to a tenth of it")
+    seed: int = option(0, "seed of everything but the data: weights, batches, k-means")
     eval_every: int = option(400, "steps between evaluations", least=1)
     checkpoint_every: int = option(
         1000, "steps between checkpoints, besides those at evaluations", least=1
@@ -61,26 +61,22 @@ class TrainConfig(GPTConfig):
         0.5,
         "share of the steps without codebooks, which then start by k-means; 0: from random codes",
         section="how codebooks learn",
-        least=0,
         below=1,
     )
-    codebook_lr: float = option(0.5, "learning rate with codebooks, as a share of lr", least=0)
+    codebook_lr: float = option(0.5, "learning rate with codebooks, as a share of lr")
     refit: float = option(
         0.0,
         "codes move by least squares on each batch, held back as by so many activations; "
         "0: by gradient",
-        least=0,
     )
     autoencoding: float = option(
-        1.0, "weight of |q - stop_gradient(a)|^2, which moves codes to activations", least=0
+        1.0, "weight of |q - stop_gradient(a)|^2, which moves codes to activations"
     )
     commitment: float = option(
-        5.0, "weight of |a - stop_gradient(q)|^2, which keeps activations near their codes", least=0
+        5.0, "weight of |a - stop_gradient(q)|^2, which keeps activations near their codes"
     )
-    revive_every: int = option(100, "steps between revivals of dead codes; 0: never", least=0)
-    revive_after: float = option(
-        0.7, "share of the steps with codebooks before the first revival", least=0
-    )
+    revive_every: int = option(100, "steps between revivals of dead codes; 0: never")
+    revive_after: float = option(0.7, "share of the steps with codebooks before the first revival")
     device: str = option(
         "auto", "cpu, cuda, or auto: cuda where there is one", section="where it runs"
     )
@@ -214,22 +210,19 @@ def load_model(config, data, path, device):
     """The model in a file, in evaluation mode; ValueError if it is not one of this config."""
     state = read_tensors(path)
     with reading(path, "does not hold the model of config.json"):
-        sizes = {}  # of each piece of memory: tied weights are one
-        for tensor in state.values():
-            n_bytes = tensor.nbytes
-            place = tensor.data_ptr()
-            sizes[place] = max(sizes.get(place, 0), n_bytes)
+        # Of each piece of memory once: tied weights are one.
+        largest_last = sorted(state.values(), key=lambda tensor: tensor.nbytes)
+        sizes = {tensor.data_ptr(): tensor.nbytes for tensor in largest_last}
         size = sum(sizes.values())
         if config.n_layer > len(state) or size > path.stat().st_size:
             raise ValueError(f"{len(state)} tensors of {size} bytes, for {config.n_layer} layers")
         if data.model:
-            model = Pretrained(config, data.model, weights=False).to(device)
-            check_tensors(state, model.state_dict())
+            model = Pretrained(config, data.model, weights=False)
         else:
             with torch.device("meta"):  # it takes no memory until the file is known to fill it
                 model = GPT(config)
-            check_tensors(state, model.state_dict())
-            model = model.to_empty(device=device)
+        check_tensors(state, model.state_dict())
+        model = model.to(device) if data.model else model.to_empty(device=device)
         model.load_state_dict(state)
     return model.eval()
 

@@ -18,6 +18,7 @@ from minicode.language.pretrained import Pretrained
 from minicode.language.text import Text
 from minicode.model import GPT
 from minicode.runtime import extension, processes
+from minicode.runtime.arguments import check_range
 from minicode.runtime.files import (
     check_tensors,
     figures,
@@ -46,13 +47,6 @@ def pick_device(name):
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} can't be used here: {reason}") from None
-
-
-def make_model(config, data):
-    """The model that a training begins with: random, or what the data's folder holds."""
-    if data.model:
-        return Pretrained(config, data.model)
-    return GPT(config)
 
 
 def make_optimizer(model, config):
@@ -104,7 +98,6 @@ class Session:
     metrics: list  # a dict of figures for each evaluation so far
     step: int = 0
     seconds: float = 0.0
-    paced: tuple = (0, 0.0)  # the step, and the seconds, from which the time left is reckoned
 
     @property
     def start_step(self):
@@ -123,7 +116,8 @@ def open_session(config, data, folder, resume=False, overwrite=False):
             extension.load(device.type)  # what it has to say comes before the first step
         try:
             torch.empty(config.batch_size, config.block_size + 1, dtype=torch.int64)
-            model = make_model(config, data).to(device)
+            model = Pretrained(config, data.model) if data.model else GPT(config)
+            model.to(device)
         except RuntimeError as error:
             raise ValueError(f"there is no room for this model, or its batches: {error}") from None
         session = Session(config, data, folder, model, make_optimizer(model, config), [])
@@ -137,11 +131,7 @@ def open_session(config, data, folder, resume=False, overwrite=False):
 
 def check_sizes(config, data):
     """ValueError for a block that the data can't fill, or a batch that processes can't share."""
-    size = f"block_size ({config.block_size}) must be at"
-    if config.block_size < data.least_block:
-        raise ValueError(f"{size} least {data.least_block} here")
-    if config.block_size > data.most_block:
-        raise ValueError(f"{size} most {data.most_block} here")
+    check_range("block_size", config.block_size, data.least_block, data.most_block + 1)
     n = processes.ranks()
     if config.batch_size % n:
         raise ValueError(f"batch_size ({config.batch_size}) must be a multiple of {n} (processes)")

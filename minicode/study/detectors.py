@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from minicode.codebook import codebooks, perplexity
-from minicode.control import chosen, force, record
+from minicode.control import force, record
 from minicode.model import evaluating
 from minicode.notation import codes_of
 
@@ -90,6 +90,13 @@ def record_codes(model, tokens):
         joined = torch.cat([i.flatten(2) for i in ids.values()], dim=-1)
         codes.append(joined.int().cpu())
     return Recording(model, tokens, torch.cat(codes).numpy())
+
+
+def chosen(model, tokens):
+    """What every codebook chooses at the end of tokens (B, T): {"mlp.1": ids (B, G, k), ...}."""
+    with evaluating(model), record(model) as codes:
+        model(tokens.to(model.device))
+    return {site: ids[:, -1] for site, ids in codes.items()}
 
 
 def usage(counts):

@@ -8,19 +8,21 @@ from minicode.codebook import codebooks
 
 
 class Errors:
-    """The relative squared error of a codebook, or fraction of variance unexplained (FVU).
+    """How often codes are chosen (G, C), and a codebook's fraction of variance unexplained (FVU).
 
     Of activations a and sums of codes q, over all passes added: sum |a - q|² / sum |a - mean(a)|².
     `add` is a forward hook of the codebook. Inputs that pass through untouched don't count.
     """
 
     def __init__(self):
+        self.count = 0
         self.n = 0
         self.error = 0.0
         self.square = 0.0
         self.total = 0.0  # (G, d)
 
     def add(self, codebook, arguments, output):
+        self.count = self.count + codebook.count(codebook.ids)
         kept = codebook.ids[..., 0, 0] >= 0
         a = codebook.activations(arguments[0][kept]).double()  # (N, G, d)
         q = codebook.sum_codes(codebook.ids[kept]).double()

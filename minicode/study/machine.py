@@ -20,9 +20,9 @@ import torch
 from tqdm import tqdm
 
 from minicode.codebook import codebooks
-from minicode.control import chosen, force
+from minicode.control import force
 from minicode.model import choose, evaluating
-from minicode.study.detectors import inputs
+from minicode.study.detectors import chosen, inputs
 
 N_SEEDS = 5  # samples by which control is measured,
 STUDENTS_T = 2.776  # and the t of so many for a 95 % interval
