@@ -163,6 +163,18 @@ def test_learning_rate_has_a_phase_for_each_model():
     assert learning_rate(dense, 999) == pytest.approx(0.1, abs=0.001)
 
 
+def test_when_a_run_is_evaluated_saved_and_revived():
+    every = {"eval_every": 30, "checkpoint_every": 20, "revive_every": 5}
+    config = TrainConfig(steps=100, dense_share=0.5, revive_after=0.7, **every)
+    steps = range(1, 101)
+    assert [step for step in steps if config.evaluation_is_due(step)] == [30, 50, 60, 90, 100]
+    saved = [20, 30, 40, 50, 60, 80, 90, 100]
+    assert [step for step in steps if config.checkpoint_is_due(step)] == saved
+    assert [step for step in steps if config.revival_is_due(step)] == [85, 90, 95]
+    never = replace(config, revive_every=0)
+    assert not any(never.revival_is_due(step) for step in steps)
+
+
 def test_paper_preset_is_the_papers_method():
     config = TrainConfig(**PRESETS["paper"])
     assert (config.n_layer, config.n_embd, config.n_head, config.block_size) == (4, 128, 4, 128)
