@@ -307,6 +307,24 @@ def test_existing_runs_are_never_lost(tiny_run, tmp_path, capsys):
     assert train_fsm(["--out", str(folder), *TINY, "--resume"]) == 0
 
 
+def test_a_folder_is_known_as_a_run_where_its_overwriting_was_killed(
+    tiny_run, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    (folder / "notes.txt").write_text("lr is too high", encoding="utf-8")
+
+    def dies(*arguments, **named):
+        raise KeyError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
+        patch.setattr(shutil, "rmtree", dies)
+        train(folder, "--overwrite")
+    assert not (folder / "model.pt").exists()
+    train(folder, *SHORT, "--overwrite")
+    assert load_run(folder).config.steps == 8
+    assert (folder / "notes.txt").read_text(encoding="utf-8") == "lr is too high"
+
+
 def test_other_folders_are_left_alone(tmp_path, capsys):
     def refused(name, flag):
         return refusal(train_fsm, "--out", tmp_path / name, flag, capsys=capsys)
