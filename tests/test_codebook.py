@@ -355,6 +355,8 @@ def test_usage_is_counted_and_saved():
 def test_perplexity():
     counts = torch.tensor([[5.0, 5.0, 5.0, 5.0], [7.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
     torch.testing.assert_close(perplexity(counts), torch.tensor([4.0, 1.0, 2.0]))
+    torch.testing.assert_close(perplexity(counts[2]), torch.tensor(2.0))
+    torch.testing.assert_close(perplexity(counts[:, None]), torch.tensor([[4.0], [1.0], [2.0]]))
 
 
 def test_float32_inside_autocast():

@@ -63,6 +63,11 @@ def test_precision_recall_and_f1_by_hand():
     assert [row and row[:2] for row in best] == [("letter", "a"), ("letter", "b"), None, None]
 
 
+def test_a_code_that_fires_once_and_on_its_label_alone_is_a_perfect_detector():
+    found = detect(by_hand([[0, 1, 1, 1]]), np.array([[0, -1, -1, -1]]), ["once"])
+    assert [table[0].tolist() for table in found[:3]] == [[1], [1], [1]]
+
+
 def test_best_label_is_that_of_the_highest_f1():
     recording = by_hand([[0, 0, 1, 1]])
     kinds = {
