@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -380,7 +381,7 @@ def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(told):
         ["step", "4", "of", "40"],
     ]
     assert len(lines) == 20
-    assert all("  loss " in line and line.endswith(" left") for line in lines)
+    assert all(re.search(r"  loss \d\.\d+  about \d[\d:]+ left$", line) for line in lines)
     assert "of 40" not in stdout
 
 
