@@ -309,6 +309,7 @@ def test_dead_codes_are_revived_with_their_moments():
     assert len(book.codes[0].unique(dim=0)) == 8  # no two on the same
     assert (moments["exp_avg"][:, 4:] == 0).all() and (moments["exp_avg"][:, :4] == 1).all()
     assert book.usage.sum() == 0
+    assert book.revive(optimizer) == 0  # nothing was chosen since
 
 
 @torch.no_grad()

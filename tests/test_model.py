@@ -65,8 +65,9 @@ def test_cached_logits_equal_those_of_one_pass(fsm):
     torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens)[0])
     cache = {}
     model(tokens[:, :3], cache=cache)
-    with pytest.raises(ValueError, match="one token at a time"):
-        model(tokens[:, 3:], cache=cache)
+    for several in (tokens[:, 3:5], tokens[:, 3:]):
+        with pytest.raises(ValueError, match="one token at a time"):
+            model(several, cache=cache)
 
 
 def test_no_position_sees_the_future(fsm):
