@@ -165,6 +165,7 @@ def train(session):
     forward = wrapped(session)
     began = time.monotonic() - session.seconds
     model.train()
+    session.paced = session.step, session.seconds
     steps_bar = bar(total=config.steps, initial=session.step, unit="step")
     with stop_signals(), steps_bar, suppress(processes.Stopped):
         for step in range(session.step, config.steps):
@@ -172,6 +173,7 @@ def train(session):
             if step == session.start_step:
                 begin_codebooks(session, generator)
                 forward = wrapped(session)
+                session.paced = step, time.monotonic() - began
 
             loss = train_step(model, forward, session.optimizer, config, step, session.data)
             stopped = processes.stopping(model.device)

@@ -51,6 +51,18 @@ def test_output_losses_and_gradients_equal_autograd_of_the_plain_formula(
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("shape", [(35,), (5, 7), (1,), (1, 1)])
+def test_relative_errors_are_shares_of_the_variance(shape):
+    torch.manual_seed(0)
+    x = 3 + 2 * torch.randn(*shape, 2 * 6)
+    book = Codebook(11, 6, groups=2, relative=True)
+    error = F.mse_loss(book(x), x)
+    rows = x.view(-1, 12)
+    scale = rows.var(0, correction=0).mean() if len(rows) > 1 else rows.square().mean()
+    torch.testing.assert_close(book.autoencoding, error / scale)
+    torch.testing.assert_close(book.commitment, error / scale)
+
+
 def test_straight_through_hands_the_gradient_on_unchanged():
     book = Codebook(9, 4)
     x = torch.randn(3, 4, requires_grad=True)
@@ -87,6 +99,25 @@ def test_start_finds_separate_clusters_and_rare_ones():
     book.start((centres[which] + 0.01 * torch.randn(len(which), 2, 4)).flatten(1))
     q = book.eval()(centres.flatten(1)).view(30, 2, 4)
     assert (q - centres).abs().max() < 0.1
+
+
+def test_each_code_starts_at_the_mean_of_what_it_is_nearest_to():
+    torch.manual_seed(0)
+    x = torch.randn(300, 2, 3)
+    book = Codebook(5, 3, groups=2)
+    book.start(x.flatten(1), rounds=50)
+    ids = book.search(x).squeeze(-1)
+    for group in range(2):
+        for code in range(5):
+            mean = x[ids[:, group] == code, group].mean(0)
+            torch.testing.assert_close(book.codes[group, code], mean)
+
+
+def test_codes_that_are_nearest_to_nothing_stay_on_an_input():
+    few = torch.tensor([[1.0, 2.0], [5.0, 6.0], [-3.0, 4.0]])
+    book = Codebook(8, 2)
+    book.start(few.repeat(20, 1))
+    assert all((few == code).all(-1).any() for code in book.codes[0])
 
 
 def test_start_with_k_codes_a_choice_sums_to_the_data():
@@ -275,8 +306,10 @@ def test_dead_codes_are_revived_with_their_moments():
     assert torch.equal(book.codes[:, :4], alive) and book.codes.abs().max() < 100
     for code in book.codes[0, 4:].data:  # each is one of the inputs now
         assert (x.view(-1, 2, 2)[:, 0] == code).all(-1).any()
+    assert len(book.codes[0].unique(dim=0)) == 8  # no two on the same
     assert (moments["exp_avg"][:, 4:] == 0).all() and (moments["exp_avg"][:, :4] == 1).all()
     assert book.usage.sum() == 0
+    assert book.revive(optimizer) == 0  # nothing was chosen since
 
 
 @torch.no_grad()
@@ -323,6 +356,8 @@ def test_usage_is_counted_and_saved():
 def test_perplexity():
     counts = torch.tensor([[5.0, 5.0, 5.0, 5.0], [7.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
     torch.testing.assert_close(perplexity(counts), torch.tensor([4.0, 1.0, 2.0]))
+    torch.testing.assert_close(perplexity(counts[2]), torch.tensor(2.0))
+    torch.testing.assert_close(perplexity(counts[:, None]), torch.tensor([[4.0], [1.0], [2.0]]))
 
 
 def test_float32_inside_autocast():

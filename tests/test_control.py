@@ -117,6 +117,17 @@ def test_blocking_what_is_not_chosen_changes_nothing_to_the_last_bit(fsm):
         assert torch.equal(model(tokens)[0], before)
 
 
+def test_blocking_in_one_group_leaves_the_others_as_they_are(fsm):
+    model, tokens = make_model("head", k=2), make_tokens(fsm)
+    with record(model) as free:
+        model(tokens)
+    first = free["head.0"][0, 5, 1, 0].item()
+    with block(model, f"head.0.1.{first}"), record(model) as codes:
+        model(tokens)
+    assert torch.equal(codes["head.0"][:, :, 0], free["head.0"][:, :, 0])
+    assert not (codes["head.0"][:, :, 1] == first).any()
+
+
 def test_all_but_k_codes_blocked(fsm):
     model = make_model("mlp", k=2)
     with block(model, [f"mlp.0.{c}" for c in range(30)]), record(model) as codes:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_model, make_tokens
 
-from minicode import Codebook, force, load_run, record
+from minicode import Codebook, force, load_run, record, start_codebooks
 from minicode.codebook import codebooks
 from minicode.model import evaluating
 from minicode.study.detectors import (
@@ -61,6 +61,11 @@ def test_precision_recall_and_f1_by_hand():
     assert recording.count.tolist() == [4, 3, 1, 0]
     best = best_labels(recording, {"letter": (labels, ["a", "b"])})
     assert [row and row[:2] for row in best] == [("letter", "a"), ("letter", "b"), None, None]
+
+
+def test_a_code_that_fires_once_and_on_its_label_alone_is_a_perfect_detector():
+    found = detect(by_hand([[0, 1, 1, 1]]), np.array([[0, -1, -1, -1]]), ["once"])
+    assert [table[0].tolist() for table in found[:3]] == [[1], [1], [1]]
 
 
 def test_best_label_is_that_of_the_highest_f1():
@@ -172,6 +177,7 @@ def test_codes_against_neurons_where_no_label_occurs(tiny_run):
 
 def test_purity_against_one_prompt_at_a_time(fsm):
     model = make_model("head,mlp", k=1)
+    start_codebooks(model, make_tokens(fsm, n=20))  # those that begin at random are never pure
     for prompts in fsm.prefixes():
         fires = {"mlp.0": [], "mlp.1": []}
         for prompt in prompts:
@@ -181,6 +187,7 @@ def test_purity_against_one_prompt_at_a_time(fsm):
                 ids.append(codes[site][0, -1, 0, 0].item())
         expected = [np.mean([ids.count(code) == 1 for code in set(ids)]) for ids in fires.values()]
         assert purity(model, prompts) == expected
+        assert min(expected) > 0 and max(expected) < 1
 
 
 NEW_YORK = [["New", " Y", "ork", " is", " new"], ["", "York", " New", " Yorker", ""]]

@@ -65,8 +65,9 @@ def test_cached_logits_equal_those_of_one_pass(fsm):
     torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens)[0])
     cache = {}
     model(tokens[:, :3], cache=cache)
-    with pytest.raises(ValueError, match="one token at a time"):
-        model(tokens[:, 3:], cache=cache)
+    for several in (tokens[:, 3:5], tokens[:, 3:]):
+        with pytest.raises(ValueError, match="one token at a time"):
+            model(several, cache=cache)
 
 
 def test_no_position_sees_the_future(fsm):
@@ -82,6 +83,35 @@ def test_loss_is_the_cross_entropy_of_the_logits(fsm):
     logits, loss = make_model()(tokens[:, :-1], tokens[:, 1:])
     wanted = -logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).mean()
     torch.testing.assert_close(loss, wanted)
+
+
+def test_logits_are_those_of_the_plain_formula(fsm):
+    model = make_model("none")
+    tokens = make_tokens(fsm)
+    x = model.wte.weight[tokens] + model.wpe.weight[:8]
+    future = torch.ones(8, 8, dtype=torch.bool).triu(1)
+    for block in model.h:
+        q, k, v = block.attn.c_attn(block.ln_1(x)).split(16, dim=-1)
+        heads = []
+        for one in (slice(0, 8), slice(8, 16)):
+            scores = q[..., one] @ k[..., one].mT / 8**0.5
+            share = scores.masked_fill(future, -torch.inf).softmax(-1)
+            heads.append(share @ v[..., one])
+        x = x + block.attn.c_proj(torch.cat(heads, dim=-1))
+        x = x + block.mlp.c_proj(torch.nn.functional.gelu(block.mlp.c_fc(block.ln_2(x))))
+    torch.testing.assert_close(model(tokens)[0], model.ln_f(x) @ model.lm_head.weight.T)
+
+
+def test_tokens_are_drawn_by_their_probability_at_the_temperature():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).repeat(20_000, 1)
+    for temperature, top_k, among in ((0.5, None, 4), (2.0, None, 4), (2.0, 2, 2), (1e-7, None, 1)):
+        drawn = choose(logits, temperature, top_k, generator).flatten()
+        wanted = torch.zeros(4)
+        best = logits[0].topk(among).indices
+        wanted[best] = (logits[0, best] / temperature).softmax(-1)
+        share = drawn.bincount(minlength=4) / len(drawn)
+        torch.testing.assert_close(share, wanted, rtol=0, atol=0.02)
 
 
 def test_compiled_in_one_graph_gives_the_same_loss(fsm):

@@ -11,6 +11,8 @@ from test_train import refusal
 from minicode import load_run, record
 from minicode.codebook import codebooks
 from minicode.interpret import main as interpret
+from minicode.language.text import Text
+from minicode.runtime.files import write
 from minicode.sample import main as sample
 from minicode.train import train_step
 from minicode.train_text import main as train_text
@@ -243,3 +245,25 @@ def test_dropout_is_the_same_when_a_run_is_resumed(tmp_path, hub):
     other = run(tmp_path / "b", "--checkpoint-every", "2", "--resume")
     one = run(tmp_path / "a", "--checkpoint-every", "2")
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_tokens_of_a_large_vocabulary_are_kept_whole(tmp_path):
+    """66,000 words, each a token: more than 16 bits can count."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = [f"w{i}" for i in range(66_000)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="w0")
+    fast.save_pretrained(tmp_path / "hub")
+    transformers.LlamaConfig(vocab_size=66_000).save_pretrained(tmp_path / "hub")
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"w{i} w1\n\n" for i in range(65_500, 65_999)), encoding="utf-8")
+    own = Text([str(text)], model=str(tmp_path / "hub"))
+    before = [part.tolist() for part in own.parts]
+    assert max(map(max, before)) == 65_998
+    (tmp_path / "pretrained").mkdir()
+    for name, content in own.files().items():
+        write(tmp_path / name, content)
+    own.settle(tmp_path)
+    assert [part.tolist() for part in own.parts] == before

@@ -251,6 +251,15 @@ def test_windows_of_own_text_keep_to_their_part(own_file, tmp_path):
         assert all(str(window)[1:-1] in str(part) for window in windows.tolist())
 
 
+def test_passages_are_spread_over_what_is_held_out(own_file, tmp_path):
+    own, _, held_out = text_in(tmp_path / "run", own_file)
+    found = own.passages(5, 20).tolist()
+    last = len(held_out) - 20
+    starts = [0, last // 4, last // 2, 3 * last // 4, last]
+    assert found == [held_out[start : start + 20] for start in starts]
+    assert own.passages(10**6, 20).shape == (len(held_out) // 20, 20)  # there are no more
+
+
 def test_labels_of_own_text_are_its_words(own_file, tmp_path):
     own, *_ = text_in(tmp_path / "run", own_file)
     tokens, kinds = own.labelled(generator(), 9, 20)

@@ -137,6 +137,38 @@ def test_pursuit_step_by_step():
     assert topk_codes(x, codes, 2, "distance", blocked=blocked)[1].tolist() == [[1, 2], [1, 0]]
 
 
+def test_pursuit_of_many_rows_and_its_scores_are_for_what_was_left_over():
+    """So many that they are searched in several chunks, the last one smaller."""
+    torch.manual_seed(0)
+    x = torch.randn(40_000, 4)
+    codes = torch.randn(64, 4)
+    scores, ids = topk_codes(x, codes, 3, "distance", "pursuit")
+    left = x
+    for step in range(3):
+        chosen = codes[ids[:, step]]
+        wanted = (left * chosen).sum(-1) - 0.5 * chosen.square().sum(-1)
+        torch.testing.assert_close(scores[:, step], wanted, rtol=1e-4, atol=1e-4)
+        left = left - chosen
+    for rows in (slice(200), slice(-200, None)):
+        wanted = pursuit_definition(x[None, rows], codes[None], 3, "distance")[0]
+        assert (ids[rows] == wanted).all(-1).float().mean() > 0.99  # but for near ties
+
+
+@pytest.mark.parametrize("selection", ["nearest", "pursuit"])
+@pytest.mark.parametrize("some_are_blocked", [False, True])
+def test_many_rows_are_searched_as_few_are(selection, some_are_blocked):
+    torch.manual_seed(0)
+    x = torch.randn(40_000, 4)
+    codes = torch.randn(64, 4)
+    blocked = torch.rand(40_000, 64) < 0.5 if some_are_blocked else None
+    scores, ids = topk_codes(x, codes, 3, "distance", selection, blocked)
+    for rows in (slice(200), slice(-200, None)):
+        bad = blocked[rows] if some_are_blocked else None
+        wanted, wanted_ids = topk_codes(x[rows], codes, 3, "distance", selection, bad)
+        torch.testing.assert_close(scores[rows], wanted, rtol=1e-4, atol=1e-4)
+        assert (ids[rows] == wanted_ids).all(-1).float().mean() > 0.99  # but for near ties
+
+
 @pytest.mark.parametrize("n, k", [(50, 3), (2, 3)])
 def test_pursuit_among_what_is_not_blocked(n, k):
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -163,6 +164,18 @@ def test_learning_rate_has_a_phase_for_each_model():
     assert learning_rate(dense, 999) == pytest.approx(0.1, abs=0.001)
 
 
+def test_when_a_run_is_evaluated_saved_and_revived():
+    every = {"eval_every": 30, "checkpoint_every": 20, "revive_every": 5}
+    config = TrainConfig(steps=100, dense_share=0.5, revive_after=0.7, **every)
+    steps = range(1, 101)
+    assert [step for step in steps if config.evaluation_is_due(step)] == [30, 50, 60, 90, 100]
+    saved = [20, 30, 40, 50, 60, 80, 90, 100]
+    assert [step for step in steps if config.checkpoint_is_due(step)] == saved
+    assert [step for step in steps if config.revival_is_due(step)] == [85, 90, 95]
+    never = replace(config, revive_every=0)
+    assert not any(never.revival_is_due(step) for step in steps)
+
+
 def test_paper_preset_is_the_papers_method():
     config = TrainConfig(**PRESETS["paper"])
     assert (config.n_layer, config.n_embd, config.n_head, config.block_size) == (4, 128, 4, 128)
@@ -295,6 +308,24 @@ def test_existing_runs_are_never_lost(tiny_run, tmp_path, capsys):
     assert train_fsm(["--out", str(folder), *TINY, "--resume"]) == 0
 
 
+def test_a_folder_is_known_as_a_run_where_its_overwriting_was_killed(
+    tiny_run, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    (folder / "notes.txt").write_text("lr is too high", encoding="utf-8")
+
+    def dies(*arguments, **named):
+        raise KeyError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
+        patch.setattr(shutil, "rmtree", dies)
+        train(folder, "--overwrite")
+    assert not (folder / "model.pt").exists()
+    train(folder, *SHORT, "--overwrite")
+    assert load_run(folder).config.steps == 8
+    assert (folder / "notes.txt").read_text(encoding="utf-8") == "lr is too high"
+
+
 def test_other_folders_are_left_alone(tmp_path, capsys):
     def refused(name, flag):
         return refusal(train_fsm, "--out", tmp_path / name, flag, capsys=capsys)
@@ -350,7 +381,7 @@ def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(told):
         ["step", "4", "of", "40"],
     ]
     assert len(lines) == 20
-    assert all("  loss " in line and line.endswith(" left") for line in lines)
+    assert all(re.search(r"  loss \d\.\d+  about \d[\d:]+ left$", line) for line in lines)
     assert "of 40" not in stdout
 
 

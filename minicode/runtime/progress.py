@@ -28,7 +28,9 @@ def show(steps_bar, session, loss):
             last = f"  (at {describe(session.metrics[-1])})" if session.metrics else ""
             steps_bar.set_postfix_str(f"loss {loss.item():.3f}{last}")
     elif done % max(1, steps // 20) == 0:
-        left = tqdm.format_interval(session.seconds / done * (steps - done))
+        step, seconds = session.paced
+        pace = (session.seconds - seconds) / (done - step)
+        left = tqdm.format_interval(pace * (steps - done))
         say(f"step {done:5} of {steps}  loss {loss.item():.3f}  about {left} left")
 
 

@@ -98,6 +98,7 @@ class Session:
     metrics: list  # a dict of figures for each evaluation so far
     step: int = 0
     seconds: float = 0.0
+    paced: tuple = (0, 0.0)  # the step, and the seconds, from which the time left is reckoned
 
     @property
     def start_step(self):
