@@ -86,7 +86,7 @@ class Codebook(CodesFromData, nn.Module):
     commitment    in training, mean |a - stop_gradient(q)|² an element: moves activations
     The training loop adds these two to its loss: zero in evaluation, while switched off, of an
     empty batch and before the first pass. Codes learn by gradient: that of `autoencoding`, and that
-    of the task's loss, through q. Those that begin at random mostly die: `start` and `revive`.
+    of the task's loss, through q (or by `refit`). Of random ones most die: `start` and `revive`.
     ValueError names the argument that is out of range.
     """
 

@@ -50,7 +50,10 @@ def pick_device(name):
 
 
 def make_optimizer(model, config):
-    """AdamW, with weight decay on matrices, but on no bias, gain or code."""
+    """AdamW, with weight decay on matrices, but on no bias, gain or code.
+
+    Codes that are refitted take no gradient.
+    """
     for codebook in codebooks(model).values():
         codebook.codes.requires_grad_(not config.refit)
     weights = [p for p in model.parameters() if p.requires_grad]
