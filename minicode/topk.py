@@ -103,16 +103,21 @@ def _search(
             search = pursue_in_chunks if pursuit else search_in_chunks
             with float32_throughout():
                 found = search(x, codes, k, similarity, blocked)
-    if len(found) == 1:
-        return tuple(found[0])
-    scores, ids = zip(*found)
-    return torch.cat(scores, dim=1), torch.cat(ids, dim=1)
+    return joined(found)
 
 
 @_search.register_fake
 def _(x, codes, k, *how):
     scores = x.new_empty((*x.shape[:2], k), dtype=torch.float32)
     return scores, torch.empty_like(scores, dtype=torch.int64)
+
+
+def joined(found):
+    """The scores and ids of all chunks [(scores, ids), ...] as one pair."""
+    if len(found) == 1:
+        return tuple(found[0])
+    scores, ids = zip(*found)
+    return torch.cat(scores, dim=1), torch.cat(ids, dim=1)
 
 
 def chunks(x, n_codes, blocked, most):

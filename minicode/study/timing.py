@@ -41,12 +41,15 @@ def searches(x, codes, k):
     search = (x, codes, k, "cosine")
     methods = {
         "matmul + topk": lambda: torch.baddbmm(offset, x, table.mT).topk(k),
-        "PyTorch, chunks": partial(topk.search_in_chunks, *search),
+        "PyTorch, chunks": lambda: topk.joined(topk.search_in_chunks(*search)),
     }
+
+    def extension(coarse):
+        return topk.joined(native.search(*search, topk.scale_and_offset, coarse))
+
     if native.serves(x, k):
-        extension = partial(native.search, *search, topk.scale_and_offset)
         methods["float32"] = partial(extension, coarse=False)
-        methods["coarse + float32"] = extension
+        methods["coarse + float32"] = partial(extension, coarse=True)
     if importlib.util.find_spec("faiss") and not x.is_cuda:
         methods["faiss"] = _faiss(x.numpy(), table.numpy(), k)
     return methods
