@@ -21,6 +21,7 @@ from minicode.hooks import start_codebooks
 from minicode.model import evaluating
 from minicode.runtime import processes
 from minicode.runtime.files import write_tensors
+from minicode.runtime.precision import autocast
 from minicode.runtime.progress import bar, describe, say, show
 from minicode.runtime.session import save_checkpoint, stop_signals, summarise
 from minicode.study.detectors import usage
@@ -92,10 +93,11 @@ def train_step(model, forward, optimizer, config, step, data):
     optimizer.zero_grad()
     torch.manual_seed(seed_of(config, step))  # for dropout, which a pretrained model may have
     x, y = batch(config, data, model.device, 0, step)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+    with autocast(config, x.device):
         _, loss = forward(processes.my_rows(x), processes.my_rows(y))
     pull = 0
-    for codebook in active_codebooks(model).values():
+    books = active_codebooks(model).values()
+    for codebook in books:
         moves_codes = config.autoencoding * codebook.autoencoding
         holds_activations = config.commitment * codebook.commitment
         pull = pull + (moves_codes + holds_activations)
@@ -103,7 +105,7 @@ def train_step(model, forward, optimizer, config, step, data):
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     if config.refit:
-        for codebook in active_codebooks(model).values():
+        for codebook in books:
             codebook.refit(config.refit)
     return loss.detach()
 
@@ -197,8 +199,8 @@ def train(session):
 def wrapped(session):
     """The model as a step calls it: compiled if that is asked for, in step with other processes."""
     model = session.model
-    learning = not session.config.refit  # by gradient: codes that wait have none
-    waiting = learning and len(active_codebooks(model)) < len(codebooks(model))
+    books = codebooks(model).values()
+    waiting = any(book.codes.requires_grad and not book.enabled for book in books)
     forward = torch.compile(model) if session.config.compile else model
     return processes.wrap(forward, unused=waiting)
 

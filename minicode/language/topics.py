@@ -28,6 +28,7 @@ from minicode.language.stories import one_of, stories
 from minicode.model import evaluating
 from minicode.notation import Code
 from minicode.runtime.files import read_json, write
+from minicode.runtime.precision import autocast
 from minicode.study.detectors import detect_one, n_recorded, record_codes
 
 BUDGET = 0.25  # nats a token by which forced codes may surprise the dense model
@@ -183,9 +184,8 @@ class Effect:
     def after(self, codes):
         """The distribution of each next token with codes forced: (n, T, vocab_size)."""
         model = self.run.model
-        half = self.run.config.dtype == "bfloat16"  # as it was trained, where that is faster
-        arithmetic = torch.autocast(model.device.type, torch.bfloat16, enabled=half)
-        with arithmetic, evaluating(model), force(model, codes):
+        # As it was trained, which may be faster.
+        with autocast(self.run.config, model.device), evaluating(model), force(model, codes):
             logits, _ = model(self.tried)
         return logits.float().softmax(-1)
 

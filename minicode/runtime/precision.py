@@ -1,4 +1,4 @@
-"""Searches in float32, whatever precision the user allows elsewhere."""
+"""What is computed in bfloat16 where a run asks for it, and searches in float32 whatever is."""
 
 import threading
 from contextlib import contextmanager
@@ -7,6 +7,11 @@ import torch
 
 _lock = threading.Lock()
 _held = []  # what was allowed before, once for each thread that searches
+
+
+def autocast(config, device):
+    """The arithmetic of a run's forward pass, by its --dtype."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
 @contextmanager

@@ -22,14 +22,14 @@ class Errors:
         self.total = 0.0  # (G, d)
 
     def add(self, codebook, arguments, output):
-        self.count = self.count + codebook.count(codebook.ids)
+        self.count += codebook.count(codebook.ids)
         kept = codebook.ids[..., 0, 0] >= 0
         a = codebook.activations(arguments[0][kept]).double()  # (N, G, d)
         q = codebook.sum_codes(codebook.ids[kept]).double()
         self.n += len(a)
         self.error += (a - q).square().sum().item()
         self.square += a.square().sum().item()
-        self.total = self.total + a.sum(0)
+        self.total += a.sum(0)
 
     def fvu(self):
         spread = self.square - (self.total.square().sum() / self.n).item()
