@@ -41,7 +41,11 @@ TORCH_LIBRARY_FRAGMENT(minicode_native, m) {
   pthread_atfork(nullptr, nullptr, [] { forked = true; });
   m.def("topk(Tensor x, Tensor codes, int k, int similarity, bool coarse) -> (Tensor, Tensor)");
   m.def("pursue(Tensor(a!) scores, Tensor offset, Tensor change, int k) -> (Tensor, Tensor)");
-  m.def("cpu_path() -> str", []() -> std::string { return minicode::cpu_path(); });
+  m.def("cpu_path() -> str", &minicode::cpu_path);
+  m.def("cpu_peak() -> (float, float)", []() -> std::tuple<double, double> {
+    const minicode::Peak peak = minicode::cpu_peak(parallel, forked ? 1 : at::get_num_threads());
+    return {peak.float32, peak.bytes};
+  });
 }
 TORCH_LIBRARY_IMPL(minicode_native, CPU, m) {
   m.impl("topk", &topk_cpu);

@@ -5,6 +5,7 @@
 #pragma once
 #include <cstdint>
 #include <functional>
+#include <string>
 
 namespace minicode {
 enum Similarity : int64_t { cosine = 0, distance = 1, dot = 2 };
@@ -21,7 +22,7 @@ struct Search {
 
 // Runs body(begin, end) on parts of 0..n, in parallel.
 using Parallel = std::function<void(int64_t n, const std::function<void(int64_t, int64_t)>& body)>;
-// coarse: where the CPU can, score in bfloat16 first, and in float32 only what the error bound leaves over.
+// coarse: where the CPU can, score in a rounded form first, and in float32 only what the error bound leaves over.
 void topk_cpu(const Search& search, const Parallel& parallel, int64_t n_threads, bool coarse);
 
 // The choices of pursuit: k times the code with the highest score + offset, of equals the lower id, whose row of `change` is
@@ -36,7 +37,13 @@ struct Pursuit {
 };
 void pursue_cpu(const Pursuit& pursuit, const Parallel& parallel);
 
-const char* cpu_path();  // what topk_cpu uses here, for people
+std::string cpu_path();  // what topk_cpu uses here, for people
+
+// How much this CPU can do at most, all threads: 10^9 operations a second in float32, and on the coarse pass's bytes (0: none).
+struct Peak {
+  double float32, bytes;
+};
+Peak cpu_peak(const Parallel& parallel, int64_t n_threads);
 
 // On a GPU, what minicode/runtime/gpu.py prepares to score in bfloat16 first (see topk_coarse.cu), and room to work.
 struct CoarsePass {

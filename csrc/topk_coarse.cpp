@@ -1,93 +1,92 @@
-// The search on a CPU that has bfloat16 tiles (AMX): every code is scored in bfloat16, 32 rows x 32 codes at a
-// time; the codes within twice the error bound of the k-th best are scored again in float32. Rows with too many
-// such codes, or that are not finite, are left to search_rows.
+// The coarse pass: every code is scored in a rounded form, by whatever multiplies most numbers at a time here; the codes
+// within twice the error bound of the k-th best are scored again in float32. Rows with too many such codes, or that are
+// not finite, are left to search_rows.
+//
+//     float32         x  --round-->  tiles of rows and codes  --scores-->  candidates  --float32-->  the k best
 //
 // The bound. With x = x' + m and scale * c = c' + mu (any m, mu; here the means, which shorten x' and c'):
 //     x·(scale c) + offset  =  x'·c'  +  (m·c' + offset)  +  x·mu,       and x·mu is the same for every code.
-// Let ^v be v rounded to bfloat16. Then, by Cauchy and Schwarz,
+// Let ^v be v rounded. Then, by Cauchy and Schwarz,
 //     |x'·c' - ^x'·^c'|  <=  |x' - ^x'| |c'|  +  |^x'| |c' - ^c'|,
-// with the lengths of the differences measured, not taken for 2^-8 of the whole: some three times tighter.
+// with the lengths of the differences measured, not taken for the most that rounding may lose: some three times tighter.
 // Rounding in float32, here and in search_rows, adds at most (d + 16) 2^-23 of the sizes that enter.
-#include "topk_cpu.h"
+//
+// Scores are computed in steps of their row: divided by what 1 stands for in its rounded form.
+#include <numeric>
 
-#if defined(__AMX_BF16__) && defined(__AVX512BW__) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
+#include "candidates.h"
+#include "coarse_integers.h"
+#include "coarse_tiles.h"
 
+#if defined(MINICODE_BYTES)
 namespace minicode {
 namespace {
-struct Sizes {  // lengths of v = scale * v, of e = v - centre, of e rounded, of what rounding lost
+struct Lengths {  // of v = scale * v, of e = v - centre, of e rounded, of what rounding lost
   float whole = 0, exact = 0, rounded = 0, lost = 0;
 };
 
-// e = v * scale - centre as bfloat16, to nearest even, denormals as zero (as the tiles take them). All are of
-// `depth` floats, a multiple of 32; each 32 of the result lie `step` behind the 32 before.
-Sizes round_centred(const float* v, float scale, const float* centre, int64_t depth, uint16_t* out, int64_t step) {
-  typedef uint16_t half_vector __attribute__((vector_size(W * 2), aligned(2), may_alias));
-  typedef uint32_t bits_vector __attribute__((vector_size(W * 4)));  // without a sign: those of a NaN may overflow
-  vf whole = {}, exact = {}, rounded = {}, lost = {};
-  for (int64_t p = 0; p < depth; p += W) {
-    const vf w = load(v + p) * scale, e = w - load(centre + p);
-    bits_vector u = (bits_vector)e;
-    u = (u + 0x7fff + (u >> 16 & 1)) & 0xffff0000;
-    u = (u & 0x7f800000) == 0 ? bits_vector{} : u;
-    const vf r = (vf)u;
-    *(half_vector*)(out + p / 32 * step + p % 32) = __builtin_convertvector(u >> 16, half_vector);
-    whole += w * w, exact += e * e, rounded += r * r, lost += (e - r) * (e - r);
-  }
-  auto length = [](vf squares) {
-    double sum = 0;
-    for (int i = 0; i < W; i++) sum += squares[i];
-    return float(std::sqrt(sum) * 1.0001 + 1e-20);  // above the rounding of the sum, and squares that underflow
-  };
-  return {length(whole), length(exact), length(rounded), length(lost)};
-}
+template <class Format>
+struct Rounder {
+  std::vector<float> whole, exact, rounded, lost;
+  std::vector<int32_t> units;
+  float step;  // what 1 stands for in the rounded form
 
-struct Tile {
-  alignas(64) uint16_t halves[16 * 32];
+  Rounder(int64_t depth) : whole(depth), exact(depth), rounded(depth), lost(depth), units(depth / Format::in_unit) {}
+
+  // v * scale - centre, of d numbers
+  Lengths round(const float* v, float scale, const float* centre, int64_t d, bool of_row) {
+    const int64_t depth = whole.size();
+    for (int64_t p = 0; p < d; p++) whole[p] = v[p] * scale;
+    for (int64_t p = 0; p < d; p++) exact[p] = whole[p] - centre[p];
+    step = Format::round(exact.data(), depth, of_row, units.data(), rounded.data());
+    for (int64_t p = 0; p < depth; p++) lost[p] = exact[p] - rounded[p];
+    return {length(whole), length(exact), length(rounded), length(lost)};
+  }
+  static float length(const std::vector<float>& v) {  // above the rounding of the sum, and squares that underflow
+    return std::sqrt(dot_product(v.data(), v.data(), v.size())) * 1.0001f + 1e-20f;
+  }
 };
 
-struct CodesInBfloat16 {  // of one group
-  int64_t depth, width;             // d in steps of 32; C in steps of 32
-  std::vector<Tile> packed;         // [width / 16][depth / 32], each [16][16 codes][2] as a right-hand side wants it
-  std::vector<float> offset, mu, m; // (width), (depth), (depth)
-  Sizes largest;
+template <class Format>
+struct RoundedCodes {  // of one group
+  int64_t depth, n_units, width;              // d in whole tiles; units of 4 bytes in it; C in whole tiles
+  std::vector<int32_t> packed;
+  std::vector<float> scale, offset, mu, m;    // (width), (width), (d), (d)
+  Lengths largest;
   float largest_offset = 0, largest_scale = 0, longest = 0;  // longest: of the codes, before they are scaled
 
-  CodesInBfloat16(const Search& s, const Table& table, int64_t g, const Parallel& parallel)
-      : depth((s.dim + 31) / 32 * 32), width((s.n_codes + 31) / 32 * 32), packed(width * depth / 512),
-        offset(width, -inf), mu(depth), m(depth) {
+  RoundedCodes(const Search& s, const Table& table, int64_t g, const Parallel& parallel)
+      : depth(up(s.dim, Format::depth_of_tile)), n_units(depth / Format::in_unit), width(up(s.n_codes, Format::codes_of_tile)),
+        packed(Format::room(width, n_units)), scale(width), offset(width, -inf), mu(s.dim), m(s.dim) {
     const int64_t d = s.dim, C = s.n_codes;
-    const float *codes = s.codes + g * C * d, *scale = &table.scale[g * C];
+    const float *codes = s.codes + g * C * d, *scale_of_codes = &table.scale[g * C], *offset_of_codes = &table.offset[g * C];
     for (int64_t i = 0; i < 512; i++) {  // of a sample: any mu and m will do
-      const int64_t c = C * i / 512, n = s.n_rows * i / 512;
-      for (int64_t p = 0; p < d; p++) {
-        mu[p] += codes[c * d + p] * scale[c] / 512;
-        m[p] += s.x[g * s.x_group + n * s.x_row + p] / 512;
-      }
+      const float *code = codes + C * i / 512 * d, *row = s.x + g * s.x_group + s.n_rows * i / 512 * s.x_row;
+      for (int64_t p = 0; p < d; p++) mu[p] += code[p] * scale_of_codes[C * i / 512] / 512;
+      for (int64_t p = 0; p < d; p++) m[p] += row[p] / 512;
     }
-    std::vector<Sizes> sizes(C);
-    parallel(width / 16, [&](int64_t begin, int64_t end) {
-      std::vector<float> code(depth);
-      std::vector<uint16_t> row(depth);
-      for (int64_t c = begin * 16; c < std::min(end * 16, C); c++) {
-        std::memcpy(code.data(), codes + c * d, d * sizeof(float));
-        sizes[c] = round_centred(code.data(), scale[c], mu.data(), depth, row.data(), 32);
-        for (int64_t p = 0; p < depth; p += 2) std::memcpy(packed[c / 16 * depth / 32].halves + p * 16 + c % 16 * 2, &row[p], 4);
-        for (int64_t p = 0; p < d; p++) code[p] = code[p] * scale[c] - mu[p];
-        offset[c] = dot_product(m.data(), code.data(), d) + table.offset[g * C + c];
+    std::vector<Lengths> lengths(C);
+    parallel(width / Format::codes_of_tile, [&](int64_t begin, int64_t end) {
+      Rounder<Format> code(depth);
+      for (int64_t c = begin * Format::codes_of_tile; c < std::min(end * Format::codes_of_tile, C); c++) {
+        lengths[c] = code.round(codes + c * d, scale_of_codes[c], mu.data(), d, false);
+        Format::put_code(c, code.units.data(), n_units, packed.data());
+        // What is no number stays none, whatever it was rounded to: it loses.
+        scale[c] = lengths[c].lost < inf ? code.step : std::numeric_limits<float>::quiet_NaN();
+        offset[c] = dot_product(m.data(), code.exact.data(), d) + offset_of_codes[c];
       }
     });
     for (int64_t c = 0; c < C; c++) {
-      for (float Sizes::*size : {&Sizes::whole, &Sizes::exact, &Sizes::rounded, &Sizes::lost})
-        largest.*size = std::max(largest.*size, sizes[c].*size);
-      largest_offset = std::max({largest_offset, std::abs(offset[c]), std::abs(table.offset[g * C + c])});
-      largest_scale = std::max(largest_scale, scale[c]);
-      if (scale[c] > 0) longest = std::max(longest, sizes[c].whole / scale[c]);
+      for (float Lengths::*length : {&Lengths::whole, &Lengths::exact, &Lengths::rounded, &Lengths::lost})
+        largest.*length = std::max(largest.*length, lengths[c].*length);
+      largest_offset = std::max({largest_offset, std::abs(offset[c]), std::abs(offset_of_codes[c])});
+      largest_scale = std::max(largest_scale, scale_of_codes[c]);
+      if (scale_of_codes[c] > 0) longest = std::max(longest, lengths[c].whole / scale_of_codes[c]);
     }
   }
+  static int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-  float twice_bound(const Sizes& row) const {
+  float twice_bound(const Lengths& row) const {
     // In float32 x·c is scaled at last: it may underflow, which adds to the error, or overflow, and nothing is certain.
     if (double(row.whole) * longest > 1e37) return inf;
     const double products = double(row.lost) * largest.exact + double(row.rounded) * largest.lost;
@@ -96,117 +95,111 @@ struct CodesInBfloat16 {  // of one group
   }
 };
 
-// A block of rows of one group: their candidates so far, and the score that the next must exceed.
-struct Block {
-  const int64_t k, capacity;
-  std::vector<Candidate> lists;
-  std::vector<int64_t> sizes;
-  std::vector<float> floors, bounds;
-
-  Block(int64_t n, int64_t k) : k(k), capacity(2 * k + 64), lists(n * capacity), sizes(n), floors((n + 31) / 32 * 32, inf), bounds(n) {}
-
-  void give_up(int64_t r) { sizes[r] = -1, floors[r] = inf; }
-  void add(int64_t r, float score, int32_t id) {
-    lists[r * capacity + sizes[r]++] = candidate(score, id);
-    if (k == 1) floors[r] = std::max(floors[r], score - bounds[r]);
+// The sums of a tile as scores, in steps of their rows.
+template <class Vector, size_t tile>
+[[gnu::noinline]] void offer_tile(const Vector (&sums)[tile][NV], const float* scale, const float* offset, const vf* per_step,
+                                  int64_t row, int32_t id, Candidates& lists) {
+  for (size_t i = 0; i < tile; i++) {
+    vf scores[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) scores[v] = __builtin_convertvector(sums[i][v], vf) * scale[i] + per_step[v] * offset[i];
+    lists.offer(row, scores, id + i);
   }
-  // Keeps what can still be among the k best; a list that stays full gives its row up.
-  void shrink(int64_t r) {
-    floors[r] = cut(&lists[r * capacity], sizes[r], k, bounds[r]);
-    if (sizes[r] > capacity - 32) give_up(r);
+}
+
+// What may be among the k best of rows start..start + n, by their scores in the rounded form.
+template <class Format>
+Candidates candidates_of(const Search& s, const RoundedCodes<Format>& codes, int64_t g, int64_t start, int64_t n) {
+  const int64_t n_units = codes.n_units, tile = Format::codes_of_tile, panels = (n + R - 1) / R;
+  const int64_t block = std::max<int64_t>(1, (1 << 14) / n_units / tile) * tile;  // 64 KB of codes
+  Candidates lists(n, s.k, 16 * s.k + 64);
+  std::vector<vi> x(panels * NV * n_units);  // [panel][unit][row]
+  std::vector<vf> per_step(panels * NV, vf{} + 1);
+  Rounder<Format> row(codes.depth);
+  for (int64_t r = 0; r < n; r++) {
+    const Lengths lengths = row.round(s.x + g * s.x_group + (start + r) * s.x_row, 1, codes.m.data(), s.dim, true);
+    for (int64_t p = 0; p < n_units; p++) ((int32_t*)x.data())[(r / R * n_units + p) * R + r % R] = row.units[p];
+    const float steps = 1 / row.step;
+    per_step[r / W][r % W] = steps;
+    lists.slack[r] = codes.twice_bound(lengths) * steps;
+    if (!(lists.slack[r] < 1e30f)) lists.give_up(r);  // too large for float32, or not a number
   }
-};
+  Format::begin();
+  for (int64_t c0 = 0; c0 < codes.width; c0 += block)
+    for (int64_t panel = 0; panel < panels; panel++)
+      for (int64_t c = c0; c < std::min(c0 + block, codes.width); c += tile) {
+        typename Format::Sums sums;
+        Format::multiply((int32_t*)&x[panel * NV * n_units], &codes.packed[Format::room(c, n_units)], n_units, sums);
+        offer_tile(sums, &codes.scale[c], &codes.offset[c], &per_step[panel * NV], panel * R, c, lists);
+      }
+  Format::end();
+  for (int64_t r = 0; r < n; r++) lists.shrink(r);
+  return lists;
+}
 
 // Scores the candidates again in float32, and writes the best k. The lists are in the order of their ids: all rows take
 // their codes from one stretch, while it is in the cache.
-void finish(const Search& s, const Table& table, int64_t g, int64_t start, int64_t n, Block& block) {
+void finish(const Search& s, const Table& table, int64_t g, int64_t start, int64_t n, Candidates& lists) {
   const int64_t d = s.dim, stretch = std::max<int64_t>(1, (1 << 18) / d);
   std::vector<int64_t> left, done(n);
-  for (int64_t r = 0; r < n; r++) block.shrink(r);
   for (int64_t end = stretch; end < s.n_codes + stretch; end += stretch)
     for (int64_t r = 0; r < n; r++)
-      for (Candidate* c = &block.lists[r * block.capacity + done[r]]; done[r] < block.sizes[r] && id_of(*c) < end; c++, done[r]++) {
-        const int64_t id = id_of(*c), code = g * s.n_codes + id;
+      for (int64_t& i = done[r]; i < lists.sizes[r] && lists.ids_of(r)[i] < end; i++) {
+        const int64_t code = g * s.n_codes + lists.ids_of(r)[i];
         const float product = dot_product(s.x + g * s.x_group + (start + r) * s.x_row, s.codes + code * d, d);
-        *c = candidate(product * table.scale[code] + table.offset[code], id);
+        lists.scores_of(r)[i] = product * table.scale[code] + table.offset[code] + 0.0f;
       }
   for (int64_t r = 0; r < n; r++) {
     const int64_t at = (g * s.n_rows + start + r) * s.k;
-    if (block.sizes[r] < s.k) left.push_back(start + r);
-    else Best{&block.lists[r * block.capacity], block.sizes[r]}.write(s.k, s.scores + at, s.ids + at);
+    if (lists.sizes[r] < s.k) left.push_back(start + r);
+    else lists.write(r, s.scores + at, s.ids + at);
   }
   if (!left.empty()) search_rows(s, table, g, left.data(), left.size());
 }
 
-void configure_tiles() {
-  alignas(64) uint8_t config[64] = {1};
-  for (int i = 0; i < 8; i++) config[16 + 2 * i] = 64, config[48 + i] = 16;  // 16 rows of 64 bytes in each tile
-  _tile_loadconfig(config);
+// Empty where a panel of rows shows that too many codes are left to be scored again.
+template <class Format>
+Coarse search_in(const Search& s, const Table& table, const Parallel& parallel) {
+  std::vector<RoundedCodes<Format>> groups;
+  for (int64_t g = 0; g < s.n_groups; g++) groups.emplace_back(s, table, g, parallel);
+  std::vector<int64_t> left(s.n_groups);
+  parallel(s.n_groups, [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; g++) {
+      const Candidates lists = candidates_of(s, groups[g], g, s.n_rows / 2, R);
+      for (int64_t r = 0; r < R; r++) left[g] += lists.given_up(r) ? s.n_codes : lists.sizes[r];
+    }
+  });
+  const double candidates = std::accumulate(left.begin(), left.end(), 0.0) / (s.n_groups * R);
+  if (8 * candidates * (s.dim + 1024) > double(s.n_codes) * s.dim) return {};
+  return [&s, &table, groups = std::move(groups)](int64_t g, int64_t start, int64_t n) {
+    Candidates lists = candidates_of(s, groups[g], g, start, n);
+    finish(s, table, g, start, n, lists);
+  };
 }
-
-// 32 rows a against 32 codes b: scores[32][32], the offsets included.
-inline void score_tile(const Tile* a, const Tile* b, const float* offset, int64_t depth, float* scores) {
-  _tile_loadd(0, offset, 0); _tile_loadd(1, offset + 16, 0);  // a stride of 0: the same 16 offsets for 16 rows
-  _tile_loadd(2, offset, 0); _tile_loadd(3, offset + 16, 0);
-  for (int64_t p = 0; p < depth; p++) {
-    _tile_loadd(4, a + p, 64); _tile_loadd(5, a + depth + p, 64);
-    _tile_loadd(6, b + p, 64); _tile_loadd(7, b + depth + p, 64);
-    _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, scores, 128); _tile_stored(1, scores + 16, 128);
-  _tile_stored(2, scores + 512, 128); _tile_stored(3, scores + 528, 128);
-}
-
-void search_block(const Search& s, const Table& table, const CodesInBfloat16& codes, int64_t g, int64_t start, int64_t n) {
-  const int64_t depth = codes.depth, code_block = std::max<int64_t>(32, (1 << 15) / depth / 32 * 32);
-  Block block(n, s.k);
-  std::vector<Tile> x(block.floors.size() * depth / 512);  // [n / 16][depth / 32], each [16 rows][32]
-  std::vector<float> row(depth);
-  for (int64_t r = 0; r < n; r++) {
-    std::memcpy(row.data(), s.x + g * s.x_group + (start + r) * s.x_row, s.dim * sizeof(float));
-    uint16_t* out = x[r / 16 * depth / 32].halves + r % 16 * 32;
-    block.bounds[r] = codes.twice_bound(round_centred(row.data(), 1.0f, codes.m.data(), depth, out, 512));
-    if (block.bounds[r] < 1e30f) block.floors[r] = -inf;
-    else block.give_up(r);  // too large for float32, or not a number
-  }
-  alignas(64) float scores[32 * 32];
-  configure_tiles();
-  for (int64_t c0 = 0; c0 < codes.width; c0 += code_block)
-    for (int64_t r0 = 0; r0 < n; r0 += 32)
-      for (int64_t c = c0; c < std::min(c0 + code_block, codes.width); c += 32) {
-        score_tile(&x[r0 * depth / 512], &codes.packed[c * depth / 512], &codes.offset[c], depth / 32, scores);
-        for (int64_t i = 0; i < 32; i++) {
-          const float floor = block.floors[r0 + i];
-          uint32_t lanes = 0;
-          for (int v = 0; v < 32 / W; v++) lanes |= bits(load(&scores[i * 32 + v * W]) > floor) << v * W;
-          if (!lanes) continue;
-          for (; lanes; lanes &= lanes - 1) block.add(r0 + i, scores[i * 32 + __builtin_ctz(lanes)], c + __builtin_ctz(lanes));
-          if (block.sizes[r0 + i] > block.capacity - 32) block.shrink(r0 + i);
-        }
-      }
-  _tile_release();
-  finish(s, table, g, start, n, block);
-}
-
 }  // namespace
-
-bool coarse_ready() {  // Linux wants to be asked for the tile registers (18), by ARCH_REQ_XCOMP_PERM, once a process
-  static const bool ready = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-  return ready;
-}
 
 Coarse coarse_search(const Search& s, const Table& table, const Parallel& parallel) {
   // Fewer rows, codes or dimensions are scored in float32 before their bounds are known.
-  if (s.n_rows < 256 || s.n_codes * s.dim < 1 << 16 || s.k > s.n_codes / 16 || !coarse_ready()) return {};
-  std::vector<CodesInBfloat16> groups;
-  for (int64_t g = 0; g < s.n_groups; g++) groups.emplace_back(s, table, g, parallel);
-  return [&s, &table, groups = std::move(groups)](int64_t g, int64_t start, int64_t n) {
-    search_block(s, table, groups[g], g, start, n);
-  };
+  if (s.n_rows < 256 || s.n_codes * s.dim < 3 << 14 || s.k > s.n_codes / 16) return {};
+#if defined(MINICODE_TILES)
+  if (Tiles::ready()) return search_in<Tiles>(s, table, parallel);
+#endif
+  Coarse search;
+  if (s.dim <= Bytes::deepest) search = search_in<Bytes>(s, table, parallel);
+#if defined(MINICODE_WORDS)
+  if (!search) search = search_in<Words>(s, table, parallel);
+#endif
+  return search;
+}
+
+const char* coarse_path() {
+#if defined(MINICODE_TILES)
+  if (Tiles::ready()) return Tiles::path;
+#endif
+  return Bytes::path;
 }
 }  // namespace minicode
 #else
-bool minicode::coarse_ready() { return false; }
+const char* minicode::coarse_path() { return nullptr; }
 minicode::Coarse minicode::coarse_search(const Search&, const Table&, const Parallel&) { return {}; }
 #endif

@@ -1,4 +1,13 @@
-// What the searches of topk_cpu.cpp and topk_coarse.cpp share: vectors, lists of candidates, the codes' scales.
+// What the searches of topk_cpu.cpp and topk_coarse.cpp share: vectors, a tile of products, and the codes' scales.
+//
+// A tile: R rows lie side by side in vector registers, against NC codes, one number of each at a time. The sums, and
+// the scores that they become, stay in registers until they are compared with what their rows have.
+//
+//                      numbers p of R rows
+//                       x0  x1  x2 ... xR
+//     numbers p   c0     .   .   .      .
+//     of NC       c1     .   .   .      .      NC x NV vectors of sums, W rows in each
+//     codes       ...
 #pragma once
 #include <algorithm>
 #include <bit>
@@ -8,8 +17,10 @@
 #include <vector>
 
 #include "topk.h"
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#if defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace minicode {
@@ -17,6 +28,8 @@ namespace minicode {
 constexpr int W = 16, NV = 2, NC = 12;  // floats in a vector, vectors of rows, codes: 24 sums in 32 registers
 #elif defined(__AVX__)
 constexpr int W = 8, NV = 2, NC = 6;
+#elif defined(__aarch64__)
+constexpr int W = 4, NV = 2, NC = 12;
 #else
 constexpr int W = 4, NV = 2, NC = 6;
 #endif
@@ -26,91 +39,51 @@ constexpr float inf = std::numeric_limits<float>::infinity();
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef float vf_anywhere __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef int32_t vi_anywhere __attribute__((vector_size(W * 4), aligned(4), may_alias));
 
 inline vf load(const float* from) { return *(const vf_anywhere*)from; }
+inline vi load(const int32_t* from) { return *(const vi_anywhere*)from; }
 
-inline uint32_t bits(vi mask) {  // one bit for each lane that is -1
+inline uint32_t exceed(vf a, vf b) {  // one bit for each lane in which a > b
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
-  return _mm512_movepi32_mask((__m512i)mask);
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+#elif defined(__AVX__)
+  return _mm256_movemask_ps((__m256)(a > b));
 #else
+  const vi above = a > b;
   uint32_t out = 0;
-  for (int i = 0; i < W; i++) out |= (mask[i] & 1u) << i;
+  for (int i = 0; i < W; i++) out |= (above[i] & 1u) << i;
   return out;
 #endif
 }
 
-// A candidate is one number, the greater the better: the bits of its score, made to rank as integers do, above the
-// complement of its id.
-using Candidate = int64_t;
-inline int32_t ranked(int32_t bits) { return bits ^ (bits >> 31 & 0x7fffffff); }  // its own inverse
-inline Candidate candidate(float score, int32_t id) {
-  return int64_t(ranked(std::bit_cast<int32_t>(score + 0.0f))) << 32 | uint32_t(~id);  // + 0: -0 ranks as 0 does
-}
-inline float score_of(Candidate c) { return std::bit_cast<float>(ranked(c >> 32)); }
-inline int32_t id_of(Candidate c) { return ~int32_t(c); }
-
-// The k-th greatest of n different numbers, by halving the interval that it lies in: no branch depends on a number.
-inline Candidate kth(const Candidate* list, int64_t n, int64_t k) {
-  Candidate low = *std::min_element(list, list + n), high = *std::max_element(list, list + n);
-  while (low < high) {
-    const Candidate middle = high - int64_t((uint64_t(high) - uint64_t(low)) / 2);
-    int64_t count = 0;
-    Candidate least = high;
-    for (int64_t i = 0; i < n; i++) {
-      count += list[i] >= middle;
-      least = std::min(least, list[i] >= middle ? list[i] : high);
-    }
-    if (count == k) return least;
-    if (count > k) low = middle;
-    else high = middle - 1;
+// The sums of a tile: codes[0][code], which they begin with, and rows[p][row] times codes[1 + p][code]. A function of its
+// own: inlined, the compiler keeps registers for what surrounds it, and the sums on the stack.
+template <class Arithmetic, class Vector, class Number>
+[[gnu::noinline]] void multiply_tile(const Number* rows, const Number* codes, int64_t depth, Vector (&out)[NC][NV]) {
+  Vector sums[NC][NV];
+#pragma GCC unroll 12
+  for (int c = 0; c < NC; c++) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) sums[c][v] = (Vector)(vi{} + std::bit_cast<int32_t>(codes[c]));
   }
-  return low;
-}
-
-// Keeps, in their order, the k best of a list and what lies less than `slack` below them; k or fewer stay as they are.
-// Returns what the next must exceed.
-inline float cut(Candidate* list, int64_t& size, int64_t k, float slack) {
-  if (size < k) return -inf;
-  const Candidate last = kth(list, size, k);
-  const float floor = score_of(last) - slack;
-  const Candidate above = std::min(last - 1, candidate(floor, 0));
-  int64_t kept = 0;
-  for (int64_t i = 0; i < size; i++) {
-    const Candidate c = list[i];
-    list[kept] = c;
-    kept += c > above;
-  }
-  size = kept;
-  return floor;
-}
-
-// The best k of the codes offered so far, and a few more.
-struct Best {
-  Candidate* list;
-  int64_t size = 0;
-
-  static int64_t capacity(int64_t k) { return 2 * k + 14; }
-  static std::vector<Best> make(int64_t n, int64_t k, std::vector<Candidate>& room) {
-    room.resize(n * capacity(k));
-    std::vector<Best> all(n);
-    for (int64_t i = 0; i < n; i++) all[i].list = &room[i * capacity(k)];
-    return all;
-  }
-  void add(float score, int32_t id, int64_t k, float& floor) {  // floor: what the next must exceed
-    list[size++] = candidate(score, id);
-    if (size == capacity(k)) floor = cut(list, size, k, 0);
-  }
-  // Writes the k best in order. What is missing scored -inf or NaN: the lowest ids that are not here.
-  void write(int64_t k, float* scores, int64_t* ids) {
-    cut(list, size, k, 0);
-    std::sort(list, list + size, std::greater<>());
-    for (int64_t i = 0; i < size; i++) scores[i] = score_of(list[i]), ids[i] = id_of(list[i]);
-    for (int64_t i = size, next = 0; i < k; i++, next++) {
-      while (std::find(ids, ids + size, next) != ids + size) next++;
-      scores[i] = -inf, ids[i] = next;
+  for (int64_t p = 0; p < depth; p++, rows += R) {
+    codes += NC;
+    Vector numbers[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) numbers[v] = (Vector)load(rows + v * W);
+#pragma GCC unroll 12
+    for (int c = 0; c < NC; c++) {
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) sums[c][v] = Arithmetic::add_product(sums[c][v], numbers[v], codes[c]);
     }
   }
-};
+#pragma GCC unroll 12
+  for (int c = 0; c < NC; c++) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) out[c][v] = sums[c][v];
+  }
+}
 
 inline float dot_product(const float* a, const float* b, int64_t d) {
   vf sums[4] = {};
@@ -118,6 +91,7 @@ inline float dot_product(const float* a, const float* b, int64_t d) {
   for (; p + 4 * W <= d; p += 4 * W)
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) sums[i] += load(a + p + i * W) * load(b + p + i * W);
+  for (; p + W <= d; p += W) sums[0] += load(a + p) * load(b + p);
   const vf sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
   float total = _mm512_reduce_add_ps((__m512)sum);
@@ -141,6 +115,29 @@ inline void scale_and_offset(const float* code, int64_t d, Similarity similarity
   offset = similarity == distance ? float(-0.5 * square) : 0;
 }
 
+struct Float32 {
+  static vf add_product(vf sum, vf rows, float code) { return sum + rows * code; }
+};
+
+// Codes in panels, as multiply_tile takes them, for what scores in units of 4 bytes.
+template <class Arithmetic, class Vector>
+struct InPanels {
+  using Sums = Vector[NC][NV];
+  static constexpr int codes_of_tile = NC;
+
+  static int64_t room(int64_t n_codes, int64_t n_units) { return n_codes * (n_units + 1); }
+  static void put_code(int64_t code, const int32_t* units, int64_t n_units, int32_t* packed) {  // [C / NC][1 + units][NC]
+    packed += room(code / NC * NC, n_units) + code % NC;
+    *packed = Arithmetic::begins_with(units, n_units);
+    for (int64_t p = 0; p < n_units; p++) packed[(1 + p) * NC] = units[p];
+  }
+  static void begin() {}
+  static void end() {}
+  static void multiply(const int32_t* rows, const int32_t* codes, int64_t n_units, Sums& sums) {
+    multiply_tile<Arithmetic>(rows, codes, n_units, sums);
+  }
+};
+
 struct Table {  // the scale and the offset of every code of every group, (G, C)
   std::vector<float> scale, offset;
   Table(const Search& s, const Parallel& parallel) : scale(s.n_groups * s.n_codes), offset(scale.size()) {
@@ -153,8 +150,8 @@ struct Table {  // the scale and the offset of every code of every group, (G, C)
 // Rows rows[0..n) of group g, in float32.
 void search_rows(const Search& s, const Table& table, int64_t g, const int64_t* rows, int64_t n);
 
-// What searches rows start..start + n of group g, in bfloat16 first; empty where this CPU or this search is not fit.
+// What searches rows start..start + n of group g, coarsely first; empty where this CPU or this search is not fit.
 using Coarse = std::function<void(int64_t g, int64_t start, int64_t n)>;
 Coarse coarse_search(const Search& s, const Table& table, const Parallel& parallel);
-bool coarse_ready();
+const char* coarse_path();  // how it scores, for people; null where it can't
 }  // namespace minicode

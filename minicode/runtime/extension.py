@@ -8,6 +8,7 @@ there in one step: no lock, nothing stale, nothing half written.
 MINICODE_EXT=auto     (the default) any obstacle leads to PyTorch, with one line on stderr
 MINICODE_EXT=require  any obstacle is an error
 MINICODE_EXT=off      PyTorch
+MINICODE_MARCH=haswell  the CPU that it is compiled for, as g++'s -march (the default: native)
 
 CXX and CUDACXX name the compilers, with their arguments or a wrapper in front ("ccache g++");
 CXXFLAGS, CUDAFLAGS and LDFLAGS come after our own; CUDAHOSTCXX, CUDA_HOME and CUDA_PATH are read.
@@ -31,12 +32,26 @@ from minicode.runtime.options import Parser
 
 PACKAGE = Path(__file__).resolve().parent.parent
 SOURCES = {  # by name: an old build folder may have others beside them
-    "cpu": ("topk_cpu.cpp", "topk_coarse.cpp", "pursuit_cpu.cpp", "register_cpu.cpp"),
+    "cpu": (
+        "topk_cpu.cpp",
+        "topk_coarse.cpp",
+        "pursuit_cpu.cpp",
+        "peak_cpu.cpp",
+        "register_cpu.cpp",
+    ),
     "cuda": ("topk_cuda.cu", "topk_coarse.cu", "register_cuda.cpp"),
 }
-HEADERS = ("topk.h", "topk_cpu.h", "topk_cuda.cuh", "register.h")
+HEADERS = (
+    "topk.h",
+    "topk_cpu.h",
+    "candidates.h",
+    "coarse_integers.h",
+    "coarse_tiles.h",
+    "topk_cuda.cuh",
+    "register.h",
+)
 FLAGS = (
-    "-O3 -std=c++20 -march=native -ffp-contract=fast -fno-math-errno -fopenmp -fPIC -w "
+    "-O3 -std=c++20 -ffp-contract=fast -fno-math-errno -fopenmp -fPIC -w "
     f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
 )
 CUDA_FLAGS = "-O3 -std=c++17 -Xcompiler -fPIC"
@@ -122,7 +137,8 @@ def _rules(device, sources):
     if not shutil.which(compiler):
         raise RuntimeError(f"there is no C++ compiler {compiler}")
     torch_home = shlex.quote(str(Path(torch.__file__).parent))
-    flags = f"{FLAGS} -isystem {torch_home}/include"
+    march = shlex.quote(os.environ.get("MINICODE_MARCH") or "native")
+    flags = f"{FLAGS} -march={march} -isystem {torch_home}/include"
     libraries = f"-L{torch_home}/lib -lc10 -ltorch_cpu"
     cpu = _output("grep -Em1 '^(flags|Features)' /proc/cpuinfo")
     versions = [torch.__version__, torch.version.cuda, sys.version, platform.machine(), cpu]
