@@ -41,7 +41,13 @@ inline float largest_of(const float* v, int64_t depth) {
   return *std::max_element((float*)&largest, (float*)&largest + W);
 }
 
-struct Bytes : InPanels<Bytes, vi> {
+#if defined(MINICODE_VNNI) || !defined(__AVX2__)
+constexpr int codes_of_bytes = NC;
+#else
+constexpr int codes_of_bytes = NC - 1;  // it takes three instructions, and two more registers
+#endif
+
+struct Bytes : InPanels<Bytes, vi, codes_of_bytes> {
 #if defined(MINICODE_VNNI)
   static constexpr int most_of_rows = 127, zero = 128;
   static constexpr const char* path = "bytes (VNNI)";

@@ -25,17 +25,8 @@ using Parallel = std::function<void(int64_t n, const std::function<void(int64_t,
 // coarse: where the CPU can, score in a rounded form first, and in float32 only what the error bound leaves over.
 void topk_cpu(const Search& search, const Parallel& parallel, int64_t n_threads, bool coarse);
 
-// The choices of pursuit: k times the code with the highest score + offset, of equals the lower id, whose row of `change` is
-// then added to the scores. It is -inf where a code meets itself, else finite, as the first sums are made.
-struct Pursuit {
-  float* scores;        // (G, N, C); what is left of them when this is done is of no use
-  const float* offset;  // (G, C)
-  const float* change;  // (G, C, C)
-  int64_t n_groups, n_rows, n_codes, k;
-  float* best;          // (G, N, k)
-  int64_t* ids;         // (G, N, k)
-};
-void pursue_cpu(const Pursuit& pursuit, const Parallel& parallel);
+// The same search by pursuit, with C x C floats of room for each group: scores and ids in the order of choice.
+void pursuit_cpu(const Search& search, const Parallel& parallel);
 
 std::string cpu_path();  // what topk_cpu uses here, for people
 

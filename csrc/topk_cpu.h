@@ -59,27 +59,27 @@ inline uint32_t exceed(vf a, vf b) {  // one bit for each lane in which a > b
 
 // The sums of a tile: codes[0][code], which they begin with, and rows[p][row] times codes[1 + p][code]. A function of its
 // own: inlined, the compiler keeps registers for what surrounds it, and the sums on the stack.
-template <class Arithmetic, class Vector, class Number>
-[[gnu::noinline]] void multiply_tile(const Number* rows, const Number* codes, int64_t depth, Vector (&out)[NC][NV]) {
-  Vector sums[NC][NV];
+template <class Arithmetic, class Vector, class Number, size_t n_codes>
+[[gnu::noinline]] void multiply_tile(const Number* rows, const Number* codes, int64_t depth, Vector (&out)[n_codes][NV]) {
+  Vector sums[n_codes][NV];
 #pragma GCC unroll 12
-  for (int c = 0; c < NC; c++) {
+  for (size_t c = 0; c < n_codes; c++) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++) sums[c][v] = (Vector)(vi{} + std::bit_cast<int32_t>(codes[c]));
   }
   for (int64_t p = 0; p < depth; p++, rows += R) {
-    codes += NC;
+    codes += n_codes;
     Vector numbers[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++) numbers[v] = (Vector)load(rows + v * W);
 #pragma GCC unroll 12
-    for (int c = 0; c < NC; c++) {
+    for (size_t c = 0; c < n_codes; c++) {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; v++) sums[c][v] = Arithmetic::add_product(sums[c][v], numbers[v], codes[c]);
     }
   }
 #pragma GCC unroll 12
-  for (int c = 0; c < NC; c++) {
+  for (size_t c = 0; c < n_codes; c++) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++) out[c][v] = sums[c][v];
   }
@@ -119,17 +119,17 @@ struct Float32 {
   static vf add_product(vf sum, vf rows, float code) { return sum + rows * code; }
 };
 
-// Codes in panels, as multiply_tile takes them, for what scores in units of 4 bytes.
-template <class Arithmetic, class Vector>
+// Codes as multiply_tile takes them, n_codes of them in a tile, for what scores in units of 4 bytes.
+template <class Arithmetic, class Vector, int n_codes = NC>
 struct InPanels {
-  using Sums = Vector[NC][NV];
-  static constexpr int codes_of_tile = NC;
+  using Sums = Vector[n_codes][NV];
+  static constexpr int codes_of_tile = n_codes;
 
-  static int64_t room(int64_t n_codes, int64_t n_units) { return n_codes * (n_units + 1); }
-  static void put_code(int64_t code, const int32_t* units, int64_t n_units, int32_t* packed) {  // [C / NC][1 + units][NC]
-    packed += room(code / NC * NC, n_units) + code % NC;
+  static int64_t room(int64_t codes, int64_t n_units) { return codes * (n_units + 1); }
+  static void put_code(int64_t code, const int32_t* units, int64_t n_units, int32_t* packed) {  // [C / n_codes][1 + units][n_codes]
+    packed += room(code - code % n_codes, n_units) + code % n_codes;
     *packed = Arithmetic::begins_with(units, n_units);
-    for (int64_t p = 0; p < n_units; p++) packed[(1 + p) * NC] = units[p];
+    for (int64_t p = 0; p < n_units; p++) packed[(1 + p) * n_codes] = units[p];
   }
   static void begin() {}
   static void end() {}

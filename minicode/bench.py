@@ -1,8 +1,9 @@
 """python -m minicode.bench: the search, and the training step around it, timed side by side.
 
 The methods of a table are run in turn, round after round; shown are the median, the lowest and the
-highest time. The peak is this machine's own: what torch reaches on one large square matmul, on a
-GPU without TF32.
+highest time. The peak on a CPU is what its multiply-add instructions do, all threads, with their
+numbers in registers, in float32 and in bytes; where there is no extension, and on a GPU, the
+figure is what torch reaches on one large square matmul (without TF32), and is called that.
 """
 
 import json
@@ -19,7 +20,7 @@ from minicode.runtime import extension, native
 from minicode.runtime.options import Parser
 from minicode.runtime.runs import TrainConfig
 from minicode.runtime.session import make_optimizer, pick_device
-from minicode.study.timing import bench_search, timed
+from minicode.study.timing import bench_pursuit, bench_search, peak_of, timed
 from minicode.train import train_step
 
 SHAPES = [  # groups, N, d, C, k
@@ -31,7 +32,7 @@ SHAPES = [  # groups, N, d, C, k
     (4, 8192, 16, 16, 1),  # the heads and the MLP of a layer of train_fsm's default
     (1, 8192, 64, 960, 1),
 ]
-SIDE = 4096  # of the square matmul
+PURSUITS = [(1, 8192, 64, 1024, 8), (4, 8192, 32, 512, 8)]
 STEPS = {"codebooks": {}}  # of train_fsm: what is changed of its default
 TEXT_STEPS = {  # of train_text, where k is 8
     "nearest": {"selection": "nearest"},
@@ -54,21 +55,24 @@ def main(argv=None):
 
 def bench(device):
     on_gpu = device.type == "cuda"
-    square = torch.randn(SIDE, SIDE).to(device)
-    matmul = timed({"matmul": lambda: square @ square})["matmul"]
-    searches = []
-    for n_groups, n_rows, dim, n_codes, k in SHAPES:
-        x = torch.randn(n_groups, n_rows, dim).to(device)
-        codes = torch.randn(n_groups, n_codes, dim).to(device)
-        searches.append(bench_search(x, codes, k))
+    random = partial(random_search, device)
+    searches = [bench_search(*random(*shape)) for shape in SHAPES]
+    pursuits = [bench_pursuit(*random(*shape)) for shape in PURSUITS]
     return {
         "device": torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads",
         "extension": extension.load(device.type)[1],
-        "peak_gflops": 2 * SIDE**3 / matmul["lowest"] / 1e6,
+        "peak": peak_of(device),
         "search": searches,
+        "pursuit": pursuits,
         "training_step": bench_steps(device, FSM(), {}, STEPS),
         "text_step": bench_steps(device, Text(), train_text.PRESETS["default"], TEXT_STEPS),
     }
+
+
+def random_search(device, n_groups, n_rows, dim, n_codes, k):
+    x = torch.randn(n_groups, n_rows, dim).to(device)
+    codes = torch.randn(n_groups, n_codes, dim).to(device)
+    return x, codes, k
 
 
 def bench_steps(device, data, preset, cases):
@@ -96,19 +100,29 @@ def bench_steps(device, data, preset, cases):
 
 def describe(result):
     """The result for people."""
-    most = result["peak_gflops"]
-    lines = [f"{result['device']}, peak in float32: {most:.0f} GFLOP/s"]
+    peak = result["peak"]
+    lines = [f"{result['device']}; {peak['what']}: {peak['gflops']:.0f} GFLOP/s"]
+    if "gops_in_bytes" in peak:
+        lines[0] += f", in bytes {peak['gops_in_bytes']:.0f} GOP/s"
     for row in result["search"]:
-        x = f"{row['groups']} x ({row['N']}, {row['d']})"
-        lines.append(f"\n{x} against {row['C']} codes, k = {row['k']}")
+        lines.append(title(row))
         for name, method in row["methods"].items():
-            rate = f"{method['gflops']:.0f} GFLOP/s ({method['gflops'] / most:.0%} of peak)"
+            rate = f"{method['gflops']:.0f} GFLOP/s ({method['gflops'] / peak['gflops']:.0%} of it)"
             lines.append(line(name, method, f"{method['times_as_fast']:.2f} x, {rate}"))
+    for row in result["pursuit"]:
+        lines.append(f"{title(row)}, by pursuit")
+        for name, method in row["methods"].items():
+            lines.append(line(name, method, f"{method['times_nearest']:.2f} of nearest"))
     for steps, command in ("training_step", "train_fsm"), ("text_step", "train_text"):
         lines.append(f"\ntraining step of {command}'s default")
         for name, step in result[steps].items():
             lines.append(line(name, step, f"{step['times_dense']:.2f} of dense"))
     return "\n".join(lines)
+
+
+def title(row):
+    x = f"{row['groups']} x ({row['N']}, {row['d']})"
+    return f"\n{x} against {row['C']} codes, k = {row['k']}"
 
 
 def line(name, time, more):

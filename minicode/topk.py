@@ -96,9 +96,12 @@ def _search(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_left(blocked, k)
     pursuit = selection == "pursuit" and k > 1
+    served = blocked is None and native.serves(x, k)
+    if pursuit:
+        served = served and x.is_cpu and gram_pays(x, codes, k)
     with torch.autocast(x.device.type, enabled=False):
-        if blocked is None and not pursuit and native.serves(x, k):
-            found = native.search(x, codes, k, similarity, scale_and_offset)
+        if served:
+            found = native.search(x, codes, k, similarity, scale_and_offset, pursuit)
         else:
             search = pursue_in_chunks if pursuit else search_in_chunks
             with float32_throughout():
@@ -161,34 +164,33 @@ def best_of(scores, k):
     return best, ids
 
 
+def gram_pays(x, codes, k):
+    """Whether pursuit shall compute the products of all codes with each other, the Gram matrix.
+
+    Not where that takes more than 256 MB, or more work than it saves on few rows.
+    """
+    groups, n_codes, _ = codes.shape
+    return x.shape[1] * k >= n_codes and groups * n_codes**2 <= 1 << 26
+
+
 def pursue_in_chunks(x, codes, k, similarity, blocked=None):
     """pursuit_definition, in chunks of rows whose scores take 64 MB, or on a CPU 8 or 1.
 
-    All scores are computed once, and then k times what the code just chosen takes off them, by the
-    Gram matrix (the products of all codes with each other). Where that would take more than 256 MB,
-    or more work than it saves on few rows, the products are computed as they are needed.
+    All scores are computed once, and then k times what the code just chosen takes off them: a row
+    of the Gram matrix, or where that does not pay, the products as they are needed.
     """
     groups, n_codes, _ = codes.shape
     codes = codes.float()
     scale, offset = scale_and_offset(codes, similarity)
     table = (codes * scale.mT).mT  # (G, d, C)
     change = partial(change_by_choice, -codes, table)
-    pays = x.shape[1] * k >= n_codes
-    fits = groups * n_codes**2 <= 1 << 26  # 256 MB
-    if pays and fits:
+    most = 1 << 24 if x.is_cuda else 1 << 21
+    if gram_pays(x, codes, k):
         every = torch.arange(n_codes, device=x.device).expand(groups, -1)
-        gram = change(every)  # (G, C, C)
-        change = partial(rows_of, gram)
-    by_extension = pays and fits and x.is_cpu and blocked is None and native.serves(x, k)
-    most = 1 << 24 if x.is_cuda else 1 << 18
-    if by_extension or not fits:
-        most = max(most, 1 << 21)
+        change = partial(rows_of, change(every))  # (G, C, C)
+        most = 1 << 24 if x.is_cuda else 1 << 18
     found = []
     for rows, bad in chunks(x, n_codes, blocked, most):
-        if by_extension:
-            products = torch.bmm(rows, table)  # (G, n, C)
-            found.append(torch.ops.minicode_native.pursue(products, offset, gram, k))
-            continue
         scores = finite(torch.baddbmm(offset, rows, table))
         if bad is not None:
             scores.masked_fill_(bad, -torch.inf)

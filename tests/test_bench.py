@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from minicode import bench
+from minicode.runtime import extension
+from minicode.study import timing
 
 
 @pytest.fixture
@@ -13,13 +15,19 @@ def small(tmp_path, monkeypatch):
     """Sizes that take no time, in a folder without a run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "SHAPES", [(2, 80, 4, 300, 2), (1, 1, 4, 300, 3)])
-    monkeypatch.setattr(bench, "SIDE", 64)
+    monkeypatch.setattr(bench, "PURSUITS", [(2, 80, 4, 30, 2)])
+    monkeypatch.setattr(timing, "SIDE", 64)
 
 
 def test_bench_prints_every_table(small, capsys):
     bench.main(["--json", "--device", "cpu"])
     result = json.loads(capsys.readouterr().out)
-    assert result["peak_gflops"] > 0.01
+    peak = result["peak"]
+    assert peak["gflops"] > 0.01
+    # A loop of multiply-adds in registers; where there is no extension, what it is.
+    measured = extension.load("cpu")[0]
+    assert peak["what"] == ("the peak in float32" if measured else "torch's matmul of 64 x 64")
+    assert ("gops_in_bytes" in peak) == measured
     assert [row["N"] for row in result["search"]] == [80, 1]
     for row in result["search"]:
         methods = row["methods"]
@@ -29,12 +37,18 @@ def test_bench_prints_every_table(small, capsys):
             assert method["lowest"] <= method["ms"] <= method["highest"], name
             assert method.get("different_ids", 0) == 0, name
     steps = result["training_step"]
+    for row in result["pursuit"]:
+        nearest = row["methods"]["nearest"]["ms"]
+        for method in row["methods"].values():
+            assert method["times_nearest"] == method["ms"] / nearest
     assert list(steps) == ["dense", "codebooks, PyTorch", "codebooks, extension"]
     assert steps["dense"]["times_dense"] == 1
     assert {"nearest, PyTorch", "pursuit, PyTorch"} <= result["text_step"].keys()
 
     text = bench.describe(result)
+    assert f"{peak['what']}: {peak['gflops']:.0f} GFLOP/s" in text
     assert "2 x (80, 4) against 300 codes, k = 2" in text
+    assert "2 x (80, 4) against 30 codes, k = 2, by pursuit" in text
     assert f"{steps['codebooks, PyTorch']['times_dense']:.2f} of dense" in text
 
 

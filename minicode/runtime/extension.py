@@ -242,10 +242,10 @@ def _register_fakes(device):
     def topk_cuda(x, codes, scale, offset, k, coarse):
         return topk(x, codes, k)
 
-    def pursue(scores, offset, change, k):
-        return topk(scores, change, k)
+    def pursuit(x, codes, k, *how):
+        return topk(x, codes, k)
 
-    for fake in (topk, pursue) if device == "cpu" else (topk_cuda,):
+    for fake in (topk, pursuit) if device == "cpu" else (topk_cuda,):
         torch.library.register_fake(f"minicode_native::{fake.__name__}", fake)
 
 

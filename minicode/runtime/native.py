@@ -12,17 +12,20 @@ def serves(x, k):
     return served and (x.is_cpu or gpu.serves(x, k))
 
 
-def search(x, codes, k, similarity, scale_and_offset, coarse=True):
+def search(x, codes, k, similarity, scale_and_offset, pursuit=False, coarse=True):
     """x (G, N, d), codes (G, C, d), of any type -> [(scores, ids)], part by part, in float32.
 
-    scale_and_offset: the function of minicode.topk. coarse: after a pass in half precision, where
-    the search is large enough for that to pay.
+    scale_and_offset: the function of minicode.topk. pursuit: on a CPU alone. coarse: after a pass
+    in a rounded form, where the search is large enough for that to pay.
     """
     codes = codes.float().contiguous()
     if x.is_cpu:
         kind = SIMILARITIES.index(similarity)
         search_rows = torch.ops.minicode_native.topk
         how = (codes, k, kind, coarse)
+        if pursuit:
+            search_rows = torch.ops.minicode_native.pursuit
+            how = (codes, k, kind)
         if x.dtype == torch.float32 and x.stride(-1) == 1:  # it is read where it lies
             return [search_rows(x, *how)]
     else:

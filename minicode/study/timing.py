@@ -9,7 +9,9 @@ import numpy as np
 import torch
 
 from minicode import topk
-from minicode.runtime import native
+from minicode.runtime import extension, native
+
+SIDE = 4096  # of the square matmul
 
 
 def timed(methods, rounds=7):
@@ -34,6 +36,17 @@ def _finish():
         torch.cuda.synchronize()
 
 
+def peak_of(device):
+    """What shares are of: "what", and its "gflops"; on a CPU also 10^9 operations on bytes."""
+    if device.type == "cpu" and extension.load("cpu")[0]:
+        gflops, bytes_too = torch.ops.minicode_native.cpu_peak()
+        return {"what": "the peak in float32", "gflops": gflops, "gops_in_bytes": bytes_too}
+    square = torch.randn(SIDE, SIDE).to(device)
+    matmul = timed({"matmul": lambda: square @ square})["matmul"]
+    what = f"torch's matmul of {SIDE} x {SIDE}"
+    return {"what": what, "gflops": 2 * SIDE**3 / matmul["lowest"] / 1e6}
+
+
 def searches(x, codes, k):
     """The ways of searching there are here, {name: function}; x (G, N, d), codes (G, C, d)."""
     scale, offset = topk.scale_and_offset(codes, "cosine")
@@ -44,12 +57,12 @@ def searches(x, codes, k):
         "PyTorch, chunks": lambda: topk.joined(topk.search_in_chunks(*search)),
     }
 
-    def extension(coarse):
-        return topk.joined(native.search(*search, topk.scale_and_offset, coarse))
+    def by_extension(coarse):
+        return topk.joined(native.search(*search, topk.scale_and_offset, coarse=coarse))
 
     if native.serves(x, k):
-        methods["float32"] = partial(extension, coarse=False)
-        methods["coarse + float32"] = partial(extension, coarse=True)
+        methods["float32"] = partial(by_extension, coarse=False)
+        methods["coarse + float32"] = partial(by_extension, coarse=True)
     if importlib.util.find_spec("faiss") and not x.is_cuda:
         methods["faiss"] = _faiss(x.numpy(), table.numpy(), k)
     return methods
@@ -83,6 +96,28 @@ def bench_search(x, codes, k):
         found = methods[name]()
         if isinstance(found, tuple):  # of scores and ids, both tensors
             result["different_ids"] = (found[1] != exact).sum().item()
+    return {**sizes(x, codes, k), "methods": results}
+
+
+def bench_pursuit(x, codes, k):
+    """One table of pursuits: times, and times_nearest, in units of the search of the k nearest."""
+
+    def search(selection):
+        return topk.topk_codes(x.transpose(0, 1), codes, k, "distance", selection)
+
+    how = (x, codes, k, "distance")
+    methods = {
+        "nearest": partial(search, "nearest"),
+        "definition": lambda: topk.pursuit_definition(*how),
+        "PyTorch, chunks": lambda: topk.joined(topk.pursue_in_chunks(*how)),
+        "pursuit": partial(search, "pursuit"),
+    }
+    results = timed(methods)
+    for result in results.values():
+        result["times_nearest"] = result["ms"] / results["nearest"]["ms"]
+    return {**sizes(x, codes, k), "methods": results}
+
+
+def sizes(x, codes, k):
     n_groups, n_rows, dim = x.shape
-    sizes = {"groups": n_groups, "N": n_rows, "d": dim, "C": codes.shape[1], "k": k}
-    return {**sizes, "methods": results}
+    return {"groups": n_groups, "N": n_rows, "d": dim, "C": codes.shape[1], "k": k}
