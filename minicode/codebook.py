@@ -203,7 +203,7 @@ class Codebook(CodesFromData, nn.Module):
     def _sum(self, table, ids):
         """Sums of rows of table (G, C, d), by ids (..., G, k): (..., G, d)."""
         rows = self._rows(ids).flatten(0, -2)
-        q = F.embedding_bag(rows, table.view(-1, self.dim), mode="sum")
+        q = SumOfRows.apply(table.view(-1, self.dim), rows)
         return q.view(*ids.shape[:-1], self.dim)
 
     def pass_on(self, a, q):
@@ -238,6 +238,27 @@ class Codebook(CodesFromData, nn.Module):
 
     def set_extra_state(self, state):
         self.enabled = bool(state)
+
+
+class SumOfRows(torch.autograd.Function):
+    """Sums of rows of a table (n, d), by their numbers (m, k): (m, d).
+
+    As embedding_bag does it, whose gradient takes two to eight times as long: it sorts the numbers.
+    """
+
+    @staticmethod
+    def forward(ctx, table, rows):
+        ctx.save_for_backward(rows)
+        ctx.shape = table.shape
+        return F.embedding_bag(rows, table, mode="sum")
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (rows,) = ctx.saved_tensors
+        of_table = gradient.new_zeros(ctx.shape)
+        for chosen in rows.unbind(-1):
+            of_table.index_add_(0, chosen, gradient)
+        return of_table, None
 
 
 def codebooks(model):
