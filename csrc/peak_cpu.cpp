@@ -3,6 +3,14 @@
 
 #include "coarse_integers.h"
 
+#if defined(__x86_64__)
+#define ANEW(vector) asm volatile("" : "+x"(vector))  // nothing, but the compiler can't know: it computes again what it had
+#elif defined(__aarch64__)
+#define ANEW(vector) asm volatile("" : "+w"(vector))
+#else
+#define ANEW(vector)
+#endif
+
 namespace minicode {
 namespace {
 template <class Arithmetic, class Vector, class Number>
@@ -14,7 +22,10 @@ template <class Arithmetic, class Vector, class Number>
 #pragma GCC unroll 12
     for (int c = 0; c < NC; c++) {
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) sums[c][v] = Arithmetic::add_product(sums[c][v], rows, number);
+      for (int v = 0; v < NV; v++) {
+        ANEW(rows);
+        sums[c][v] = Arithmetic::add_product(sums[c][v], rows, number);
+      }
     }
   }
   for (int c = 0; c < NC; c++)
