@@ -17,6 +17,16 @@ from minicode.study.detectors import (
 FITS = 0.5  # the least F1 at which a label is said to fit a code
 
 
+def two_lines(kind, name):
+    """A label in two short lines, such as "state 64" and "then 2"."""
+    first, _, rest = name.partition(" ")
+    if kind == "trigram":
+        return f"state {first}", f"then {rest}"
+    if kind == "digit before":
+        return f"a {first} before", rest
+    return kind, name
+
+
 def search(run, recording, regex, precision=0.5, recall=0.1):
     """The codes that detect a regular expression so well, and the best three in any case."""
     try:

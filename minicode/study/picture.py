@@ -8,7 +8,7 @@ import torch
 from minicode.runtime.files import write
 from minicode.study.detectors import best_labels, record_codes
 from minicode.study.figures import Drawing
-from minicode.study.lookup import FITS
+from minicode.study.lookup import FITS, two_lines
 from minicode.study.machine import copy_codes, steer
 
 # in pixels
@@ -121,10 +121,7 @@ class Sheet(Drawing):
     def cell(self, x, y, number, forced):
         """What a code stands for, in two lines; empty where no label fits."""
         kind, name, *_ = self.labels.get(number, ("", ""))
-        if kind == "trigram":
-            state, digit = name.split()
-            kind = f"state {state}"
-            name = f"then {digit}"
+        kind, name = two_lines(kind, name)
         color = "tint" if name else "bare"
         ink = "ink"
         if forced:
