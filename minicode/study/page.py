@@ -18,6 +18,8 @@ FOLDER = Path(__file__).parent
 SCRIPTS = ("data", "network", "sequence", "touch", "list", "code", "report")
 LIMIT = 10_000_000  # bytes of a page
 MOST_CODES = 8192  # that it shows: of more, those with the best labels
+N_PROMPT = 16  # tokens of the prompt; of stories, with room for any topic:
+OPENING = "Once upon a time, there was a girl named Lily. One day, Lily saw a"
 MOST_CHOICES = 400_000  # codes at the positions of the sequences that it shows
 
 
@@ -33,6 +35,7 @@ def page(run, recording, kinds, labels, result, drawn):
     fits            the least F1 at which a label is said to fit
     machine         of TokFSM: its successors, and the states a, b of the demonstration
     steered         [[topic, [its codes, ...]], ...]
+    prompt          what the network reads first
     network         the network itself, as in `weights`; None if it is not ours, or too large
     states          without a network: the codes at each position of the first sequences
     """
@@ -52,6 +55,7 @@ def page(run, recording, kinds, labels, result, drawn):
         "fits": FITS,
         "machine": machine(run.fsm) if run.fsm else None,
         "steered": [[name, row["codes"]] for name, row in topics.items()],
+        "prompt": OPENING if run.data.topics else run.data.show(recording.tokens[0, :N_PROMPT]),
         "network": None,
         "states": [],
     }

@@ -61,7 +61,7 @@ class Grid {
   constructor(box, label, choose, links) {
     Object.assign(this, { box, label, choose, links, cells: new Map(), at: [0, 1] });
     box.onkeydown = (event) => this.move(event);
-    box.onfocusin = (event) => this.follow(event.target);
+    box.addEventListener("focusin", (event) => this.follow(event.target));
     grids.add(this);
   }
 
@@ -150,7 +150,9 @@ function light(name) {
   }
 }
 
-document.onpointerover = document.onfocusin = (event) => light(event.target.closest?.("[data-code]")?.dataset.code);
+for (const event of ["pointerover", "focusin"]) {
+  document.addEventListener(event, ({ target }) => light(target.closest?.("[data-code]")?.dataset.code));
+}
 
 /** A whole state, row by row, the first chosen first. */
 function stateList(state) {

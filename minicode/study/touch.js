@@ -1,7 +1,7 @@
 /* The network, run here: a prompt, codes forced and blocked in it, and what comes next. */
 
-const N_WRITTEN = 8;  // continuations
 const machine = data.machine;
+const N_WRITTEN = machine ? 8 : 4;  // continuations
 
 // A prompt as tokens, and tokens as text; as in minicode/fsm.py and language/tokenizer.py
 
@@ -179,14 +179,17 @@ function showEdits() {
 }
 
 function showGrid(free, edits) {
-  const placed = (position, row) => edits.some((edit) => {
-    const { site, group } = placeOf(row);
-    return edit.site === site && edit.group === group && edit.first <= position && position <= edit.last;
+  const placed = (position, { site, group }) => edits.filter((edit) => edit.site === site && edit.group === group
+    && edit.first <= position && position <= edit.last);
+  const isForced = (position, code) => placed(position, placeOf(code.row)).some(({ kind, id }) => kind === "force" && id === code.id);
+  const states = touch.states.map((state, position) => {
+    const forced = (code) => isForced(position, code);
+    return [...state.filter(forced), ...state.filter((code) => !forced(code))];  // of each place, those first
   });
   const names = (state, row) => state.filter((code) => code.row === row).map((code) => code.name).join();
-  touchGrid.draw(touch.tokens, touch.states, (position, row, codes) => {
-    if (placed(position, row)) return "forced";
-    return names(free[position], row) === codes.map((code) => code.name).join() ? "" : "changed";
+  touchGrid.draw(touch.tokens, states, (position, row) => {
+    if (placed(position, placeOf(row)).length) return "forced";
+    return names(free[position], row) === names(touch.states[position], row) ? "" : "changed";
   });
 }
 
@@ -220,7 +223,7 @@ function tokenPanel(position, state) {
     encode(text);
     touch.edit({ kind: "as", text, position });
   };
-  const example = machine ? machine.demonstration[1] : "Once upon a time";
+  const example = machine ? machine.demonstration[1] : data.prompt;
   return [ask("Put in the codes that it has after", "Put in", { placeholder: example, class: "mono" }, act), stateList(state)];
 }
 
@@ -261,8 +264,8 @@ function showWritten(free, forced, edits) {
   ].slice(0, touch.edits.length ? 2 : 1);
   for (const side of sides) {
     side.list = make("ol", {}, ...Array.from({ length: N_WRITTEN }, () => make("li", {}, "\u00a0")));
-    side.about = make("p", { class: "soft" }, follow(side.state));
-    side.sum = make("p", { class: "soft" }, "\u00a0");
+    side.about = make("p", { class: "soft" }, machine ? follow(side.state) : "");
+    side.sum = make("p", { class: "soft" }, machine ? "\u00a0" : "");
     side.texts = [];
   }
   const parts = sides.map(({ name, kind, list, about, sum }) => [make("span", { class: `key ${kind}` }, name), about, list, sum]);
@@ -271,7 +274,7 @@ function showWritten(free, forced, edits) {
   const next = () => {
     const side = sides[number % sides.length], i = Math.floor(number / sides.length);
     if (!side.list.isConnected) return;
-    if (i === N_WRITTEN) return sides.forEach((side) => { side.sum.textContent = count(side, sides); });
+    if (i === N_WRITTEN) return machine && sides.forEach((side) => { side.sum.textContent = count(side, sides); });
     const tokens = goOn(side.from, side.how, machine ? 5 * machine.digits : 32, chance(1000 * touch.seed + i));
     side.texts.push(tokens);
     side.list.children[i].replaceChildren(...written(tokens, side.state));
@@ -284,7 +287,7 @@ function showWritten(free, forced, edits) {
 // On the machine: whether what is written follows
 
 function follow(state) {
-  const after = machine ? successors(state) : [];
+  const after = successors(state);
   return after.length ? `${state} may be followed by ${after.join(" ")}` : "\u00a0";
 }
 
@@ -296,7 +299,6 @@ function writtenStates(tokens) {
 
 /** How many of the texts begin with a state that may follow that of each side. */
 function count(side, sides) {
-  if (!machine) return "\u00a0";
   const firsts = side.texts.map((tokens) => writtenStates(tokens)[1]);
   const states = [...new Set(sides.map(({ state }) => state))].filter((state) => successors(state).length);
   const follows = (state) => firsts.filter((first) => successors(state).includes(first)).length;
@@ -335,6 +337,7 @@ function startTouching() {
       to one of ${edges[0].length}. Nobody told it that there are states. Here it has read ${here}, and the codes there
       are those that it has after ${there}: so it goes on as from ${there}.`;
   }
+  if (data.steered.length) find("machine").textContent = "It writes on, with the codes of a topic forced at every token.";
   find("prompt").oninput = show;
   find("ask").onsubmit = (event) => event.preventDefault();
   find("clear").onclick = () => {
@@ -345,18 +348,21 @@ function startTouching() {
     touch.seed++;
     touch.run();
   };
-  const shows = machine ? [demonstration()] : data.steered.map(([topic, names]) => [`be about ${topic}`, "Once upon a time",
-    () => names.map((name) => ({ kind: "force", code: codeNamed(name), position: null }))]);
-  for (const [name, prompt, edits] of shows) {
-    find("shows").append(button(name, () => touch.ask(encode(prompt), edits())));
-  }
-  const [, prompt, edits] = shows[0] ?? [, "Once upon a time", () => []];
+  const shows = machine ? [demonstration()] : data.steered.map(steering);
+  const buttons = shows.map(([name, prompt, edits]) => button(name, () => touch.ask(encode(prompt), edits())));
+  if (buttons.length) find("shows").append(machine ? "Demonstration:" : "Make it write about:", ...buttons);
+  const [, prompt, edits] = shows[0] ?? ["", data.prompt, () => []];
   touch.ask(encode(prompt), edits());
+}
+
+/** A topic's codes, forced wherever the network writes. */
+function steering([topic, names]) {
+  return [topic, data.prompt, () => names.map((name) => ({ kind: "force", code: codeNamed(name), position: null }))];
 }
 
 /** What `sample --force-code` does: a run in one state is made to act as if in another. */
 function demonstration() {
   const [here, there] = machine.demonstration;
   const edits = () => [{ kind: "as", text: there, position: machine.digits }];
-  return [`Demonstration: in ${here}, act as in ${there}`, here, edits];
+  return [`in ${here}, act as in ${there}`, here, edits];
 }
