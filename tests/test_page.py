@@ -410,21 +410,7 @@ def test_an_address_opens_its_code_and_long_contexts_are_cut(browse):
     assert found == [*context, "mlp.1.527", "← all codes", True]
 
 
-def test_a_hostile_corpus_stays_inert_and_ten_thousand_codes_make_a_small_page(browse, tmp_path):
-    title = "</script><script>window.hacked=1</script>"
-    data = make_data(title=title, about="<!--<script>", tokens=[i % 9 for i in range(70_000)])
-    hostile = [*VOCAB[5:8], 300 * "x"]
-    near = [[[5, 0.5, 0.25, 2], [6, 0.4, 0.1, 4]], [], []]
-    data["codes"] = [
-        [f"mlp.0.{i}", 9, ["", label], 1.0, 1.0, [10, 11], [8], [9], *near]
-        for i, label in enumerate(hostile)
-    ]
-    data["states"] = [[[0, 1, 2, 3]] * 7] * 2
-    for i in range(10_000 - len(hostile)):
-        words = ["state", f"{i % 100:02}"]
-        rest = [20 * [i], 5 * [i], 5 * [i], 8 * [[0, 0.1234, 0.0567, 2.176]], *2 * [5 * [[i, 0.5]]]]
-        data["codes"].append([f"mlp.1.{i}", i + 1, words, 0.5, 0.9, *rest])
-    script = """
+HOSTILE_PAGE = """
         const list = () => until(() => !$("#run").hidden);
         const names = () => text("#list tbody a");
         const rows = [names().length];
@@ -452,7 +438,23 @@ def test_a_hostile_corpus_stays_inert_and_ten_thousand_codes_make_a_small_page(b
         const blocked = errors.splice(0);
         const hacked = window.hacked ?? null;
         return { blocked, rows, broad, labels, tags, code, hacked, title: $("h1").textContent };"""
-    found = browse(data, script)
+
+
+def test_a_hostile_corpus_stays_inert_and_ten_thousand_codes_make_a_small_page(browse, tmp_path):
+    title = "</script><script>window.hacked=1</script>"
+    data = make_data(title=title, about="<!--<script>", tokens=[i % 9 for i in range(70_000)])
+    hostile = [*VOCAB[5:8], 300 * "x"]
+    near = [[[5, 0.5, 0.25, 2], [6, 0.4, 0.1, 4]], [], []]
+    data["codes"] = [
+        [f"mlp.0.{i}", 9, ["", label], 1.0, 1.0, [10, 11], [8], [9], *near]
+        for i, label in enumerate(hostile)
+    ]
+    data["states"] = [[[0, 1, 2, 3]] * 7] * 2
+    for i in range(10_000 - len(hostile)):
+        words = ["state", f"{i % 100:02}"]
+        rest = [20 * [i], 5 * [i], 5 * [i], 8 * [[0, 0.1234, 0.0567, 2.176]], *2 * [5 * [[i, 0.5]]]]
+        data["codes"].append([f"mlp.1.{i}", i + 1, words, 0.5, 0.9, *rest])
+    found = browse(data, HOSTILE_PAGE)
     assert found["labels"] == [f" {label}" for label in hostile]
     assert found["tags"] == [0, 3, 0, 0]
     assert found["broad"] == [False, False, False]

@@ -15,19 +15,8 @@ from minicode.study.detectors import best_labels, by_merit, forced_distributions
 from minicode.study.page import page, write_report
 from minicode.study.portrait import portraits
 
-FIELDS = [
-    "name",
-    "count",
-    "words",
-    "precision",
-    "recall",
-    "places",
-    "misses",
-    "false_alarms",
-    "next",
-    "near",
-    "together",
-]
+FIELDS = ["name", "count", "words", "precision", "recall", "places", "misses", "false_alarms"]
+FIELDS += ["next", "near", "together"]
 
 
 @pytest.fixture(scope="module")
