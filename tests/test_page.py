@@ -285,7 +285,7 @@ def check_run(run):
         ["state <b>01"],
         ["mlp.0.2", f"B{SPACE}{VOCAB[5]}{VOCAB[6]}{SPACE}{VOCAB[7]}\u2028&↵{SPACE}11"]
         + ["7", "0.50", "1.00", "0.67"],
-        ["no label fits 2 codes"],
+        ["no label fits"],
         ["mlp.1.2", misfit, "2", "0.10", "0.20", "0.13"],
         ["mlp.0.10", f"B{SPACE}01{SPACE}23{SPACE}02", "3", "–", "–", "–"],
     ]
@@ -427,6 +427,11 @@ HOSTILE_PAGE = """
         type("#search", "mlp.1.4999"); rows.push(names().length);
         await open("mlp.1.4999"); key("Escape"); await list(); rows.push(names().join());
         type("#search", ""); rows.push(names().length, all("#list .group").length);
+        const group = all("#list tbody")[4];
+        rows.push(group.querySelector("button").textContent);
+        group.querySelector("button").click();
+        rows.push(group.querySelectorAll("a").length, group.querySelectorAll("button").length);
+        rows.push([...group.querySelectorAll("a")].indexOf(document.activeElement));
         location.hash = "#read/1/4";
         await until(() => $("#number").value === "1");
         broad.push(wide());
@@ -462,7 +467,9 @@ def test_a_hostile_corpus_stays_inert_and_ten_thousand_codes_make_a_small_page(b
     assert found["blocked"] == ["inline"]
     assert found["title"] == title
     assert all(word in found["code"] for word in VOCAB[5:7])
-    assert found["rows"] == [100, 200, 1, "mlp.1.4999", 100, 5]
+    shown = 4 + 3 * 36  # of each state three, in 40 groups
+    assert found["rows"][:4] == [shown, shown + 3 * 40, 1, "mlp.1.4999"]
+    assert found["rows"][4:] == [shown, 40, "97 more", 100, 0, 3]
     assert (tmp_path / "report.html").stat().st_size < 10e6
 
 

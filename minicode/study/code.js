@@ -32,7 +32,7 @@ function next(code) {
   const rows = code.next.map(([id, forced, free]) => [token(id).trim() || "␣", free, forced]);
   const lift = (i) => `× ${Number(code.next[i][3].toPrecision(3))}`;
   return [
-    make("p", { class: "soft" }, "The tokens that forcing it makes more probable, by how many times, behind the beginnings of 16 sequences (1 in 1,000 is added to both, so that nothing leads that hardly ever comes)."),
+    make("p", { class: "soft" }, "The tokens that forcing it makes more probable, by how many times: after the beginnings of 16 sequences, on average (with 0.001 added to both, so that nothing leads that hardly ever comes)."),
     make("p", { class: "keys" }, make("span", { class: "key free" }, "left alone"), make("span", { class: "key forced" }, "when it is forced")),
     make("div", { class: "next" }, ...pairs(rows, 4, lift)),
   ];

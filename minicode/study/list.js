@@ -1,6 +1,8 @@
 /* The list of codes, grouped by what they stand for. */
 
-const ROWS = 100;  // drawn at a time
+const GROUPS = 40;  // drawn at a time,
+const SHOWN = 3;  // of each so many codes at first,
+const ROWS = 100;  // and more when asked for
 const ORDERS = {
   f1: (a, b) => Math.round(100 * b.f1) - Math.round(100 * a.f1) || b.count - a.count,
   count: (a, b) => b.count - a.count,
@@ -35,21 +37,29 @@ function drawList() {
   drawMore();
 }
 
-/** The next rows, group by group; a group that is cut goes on with the next ones. */
+/** The next groups, of each the first codes. */
 function drawMore() {
-  let skipped = 0, room = ROWS;
-  for (const [title, some] of groups) {
-    const start = Math.max(0, drawn - skipped);
-    skipped += some.length;
-    if (start >= some.length || room === 0) continue;
-    const rows = some.slice(start, start + room);
-    room -= rows.length;
-    const n = some.length > 1 ? make("span", { class: "soft" }, ` ${whole(some.length)} codes`) : "";
-    const head = make("tr", { class: "group" }, make("th", { scope: "rowgroup", colspan: 6 }, title, n));
-    find("list").append(make("tbody", {}, ...(start ? [] : [head]), ...rows.map(row)));
+  for (const [title, some] of groups.slice(drawn, drawn + GROUPS)) {
+    const body = make("tbody", {}, make("tr", { class: "group" }, make("th", { scope: "rowgroup", colspan: 6 }, title)));
+    find("list").append(body);
+    drawGroup(body, some, SHOWN);
   }
-  drawn += ROWS - room;
-  find("more").hidden = drawn >= skipped;
+  drawn += GROUPS;
+  find("more").hidden = drawn >= groups.length;
+}
+
+/** n more codes of a group, and a button for those after them. */
+function drawGroup(body, some, n) {
+  const start = body.rows.length - 1;
+  body.append(...some.slice(start, start + n).map(row));
+  const left = some.length - start - n;
+  if (left <= 0) return;
+  const rest = make("tr", {}, make("td", { colspan: 6 }, button(`${whole(left)} more`, () => {
+    rest.remove();
+    drawGroup(body, some, ROWS);
+    body.rows[start + n + 1].querySelector("a").focus();
+  }, { class: "small", "aria-label": `${whole(left)} more of this group` })));
+  body.append(rest);
 }
 
 function row(code) {

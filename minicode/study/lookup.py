@@ -23,7 +23,7 @@ def two_lines(kind, name):
     if kind == "trigram":
         return f"state {first}", f"then {rest}"
     if kind == "digit before":
-        return f"a {first} before", rest
+        return f"{first} before,", rest.removeprefix("at ")
     return kind, name
 
 

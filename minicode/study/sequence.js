@@ -44,6 +44,7 @@ function rowsToShow(states) {
     for (const [row, [first]] of byRow(state)) said.set(row, (said.get(row) ?? 0) + first.fits);
   }
   const rows = [...said.keys()];  // in the order in which the network runs through them
+  if (!network) rows.sort(collator.compare);  // of which only a part is known
   const best = [...rows].sort((a, b) => said.get(b) - said.get(a)).slice(0, MOST_ROWS);
   return rows.filter((row) => best.includes(row));
 }
@@ -199,6 +200,7 @@ function readToken(position) {
 
 function startReading() {
   find("read").hidden = nReadable === 0;
+  find("partly").hidden = !data.left_out;
   find("number").max = nReadable - 1;
   const beyond = nReadable < nSequences ? ` (of ${whole(nSequences)} that were recorded)` : "";
   find("of").textContent = `of ${whole(nReadable)}, from 0${beyond}`;
