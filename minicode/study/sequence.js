@@ -200,7 +200,7 @@ function readToken(position) {
 
 function startReading() {
   find("read").hidden = nReadable === 0;
-  find("partly").hidden = !data.left_out;
+  find("partly").hidden = Boolean(network) || !data.left_out;
   find("number").max = nReadable - 1;
   const beyond = nReadable < nSequences ? ` (of ${whole(nSequences)} that were recorded)` : "";
   find("of").textContent = `of ${whole(nReadable)}, from 0${beyond}`;

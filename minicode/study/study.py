@@ -62,8 +62,11 @@ def study(run, recording, kinds, topics, budget, folder):
     if topics:
         result["steering"] = steering.steering_table(run, topics, budget)
     drawn = draw(result, points)
+    shown = dict(drawn)
+    if points and np.ptp([code for _, code, _ in points]) < 0.1:  # all of them on one line
+        del shown["detectors"]
     write(run.folder / "interpret.json", json.dumps(result, indent=1))
-    data = page(run, recording, kinds, labels, result, drawn)
+    data = page(run, recording, kinds, labels, result, shown)
     write_report(run.folder / "report.html", {**data, "measures": measures(result)})
     if folder:
         folder.mkdir(parents=True, exist_ok=True)

@@ -228,16 +228,16 @@ function tokenPanel(position, state) {
 }
 
 function codePanel(position, row, chosen) {
+  const there = codes.filter((code) => code.row === row).sort(ORDERS.f1);  // of a label, the best first
   const act = (text) => {
-    const name = /^\d+$/.test(text) ? `${row}.${text}` : text;
-    const code = byName.get(name);
-    if (!code || code.row !== row) throw new Error(`${text || "that"} is no code of ${row}: they are written as ${chosen[0].name}`);
+    const code = there.find(({ name, id, label }) => [name, String(id), label].includes(text));
+    if (!code) throw new Error(`${text || "that"} is no code of ${row}: they are written as ${chosen[0].name}`);
     touch.edit({ kind: "force", code, position });
   };
-  const living = codes.filter((code) => code.row === row && code.count);
+  const living = there.filter((code) => code.count);
   const options = living.map((code) => make("option", { value: code.name }, meaning(code)));
   const lines = chosen.map((code) => make("li", {},
-    make("a", { href: "#" + code.name, "data-code": code.name }, code.name), ` ${meaning(code)} `,
+    make("a", { href: "#" + code.name, "data-code": code.name, class: "mono" }, code.name), ` ${meaning(code)} `,
     button("block it", () => touch.edit({ kind: "block", code, position }), { class: "small" })));
   return [
     make("ul", { class: "plain" }, ...lines),
