@@ -4,6 +4,7 @@ from functools import cache
 
 import numpy as np
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from minicode.codebook import codebooks
 from minicode.study.detectors import forced_distributions, overlap, spread
@@ -43,23 +44,29 @@ def portraits(recording, kinds, labels, ranked):
         return np.flatnonzero(np.isin(of_kind, alike))
 
     rows = []
-    for number in shown.tolist():
+    for number in tqdm(shown.tolist(), desc="codes for the page", leave=False, disable=None):
         where = recording.where[number]
         row = [str(recording.names[number]), len(where)]
-        misses = false_alarms = where[:0]
-        words = precision = recall = None
-        if labels[number]:
-            kind, name, precision, recall, _ = labels[number]
-            words = two_lines(kind, name)
-            there = places_of(kind, name)
-            misses = np.setdiff1d(there, where)
-            false_alarms = np.setdiff1d(where, there)
-        row += [words, precision, recall, spread(where, N_PLACES).tolist()]
-        row += [spread(places, N_COUNTER).tolist() for places in (misses, false_alarms)]
+        row += examples(labels[number], where, places_of)
         row.append(lifted(forced[number], free[number]) if number in forced else [])
         row += [near.by_cosine(number), near.by_overlap(number)] if len(where) else [[], []]
         rows.append(row)
     return rows
+
+
+def examples(label, where, places_of):
+    """Of a code that fires at `where`, what stands between its count and `next` in its row.
+
+    places_of(kind, name) are the places of a label.
+    """
+    places = spread(where, N_PLACES).tolist()
+    if not label:
+        return [None, None, None, places, [], []]
+    kind, name, precision, recall, _ = label
+    there = places_of(kind, name)
+    misses = spread(np.setdiff1d(there, where), N_COUNTER).tolist()
+    false_alarms = spread(np.setdiff1d(where, there), N_COUNTER).tolist()
+    return [two_lines(kind, name), precision, recall, places, misses, false_alarms]
 
 
 def lifted(p, free):

@@ -49,6 +49,9 @@ function rowsToShow(states) {
   return rows.filter((row) => best.includes(row));
 }
 
+/** The page of a code, if there is one here. */
+const address = (code) => (byName.has(code.name) ? "#" + code.name : undefined);
+
 /** Draws a code as a chip: what it stands for in two lines, or its number. */
 function chip(code, tag, attributes) {
   const [kind, name] = code.fits ? code.words : ["", String(code.id)];
@@ -91,7 +94,7 @@ class Grid {
     const td = make("td", { class: classes || undefined });
     if (!codes.length) return td;
     const [first, ...others] = codes;
-    const link = this.links ? { href: "#" + first.name } : { type: "button" };
+    const link = this.links ? { href: address(first) } : { type: "button" };
     const element = chip(first, this.links ? "a" : "button", { ...link, tabindex: -1 });
     if (!this.links) element.onclick = () => this.choose(position, row);
     if (others.length) element.append(make("i", { title: `and ${others.length} more` }, `+${others.length}`));
@@ -160,7 +163,7 @@ function stateList(state) {
   return make("dl", { class: "state" }, ...[...byRow(state)].map(([row, codes]) => make("div", {},
     make("dt", {}, row),
     make("dd", {}, ...codes.map((code) => make("a", {
-      href: "#" + code.name, "data-code": code.name, class: code.fits ? "" : "soft", title: code.name,
+      href: address(code), "data-code": code.name, class: code.fits ? "" : "soft", title: code.name,
     }, code.fits ? code.label : String(code.id)))))));
 }
 

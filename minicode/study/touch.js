@@ -237,7 +237,7 @@ function codePanel(position, row, chosen) {
   const living = there.filter((code) => code.count);
   const options = living.map((code) => make("option", { value: code.name }, meaning(code)));
   const lines = chosen.map((code) => make("li", {},
-    make("a", { href: "#" + code.name, "data-code": code.name, class: "mono" }, code.name), ` ${meaning(code)} `,
+    make("a", { href: address(code), "data-code": code.name, class: "mono" }, code.name), ` ${meaning(code)} `,
     button("block it", () => touch.edit({ kind: "block", code, position }), { class: "small" })));
   return [
     make("ul", { class: "plain" }, ...lines),
