@@ -22,6 +22,7 @@ from minicode.study.detectors import (
     neurons,
     purity,
     record_codes,
+    spread,
 )
 from minicode.study.machine import (
     add_mean_difference,
@@ -102,7 +103,7 @@ def test_recording_is_what_record_says(fsm):
     assert (name.site, name.group) == ("head.0", 0)
     assert name.id == codes["head.0"][3, 5, 0, 1]
     assert recording.count.sum() == 70 * 8 * 12
-    places = recording.places(number, 4)
+    places = spread(recording.where[number], 4)
     assert 1 <= len(places) <= 4
     assert all(number in recording.fired[place] for place in places)
 

@@ -62,10 +62,6 @@ class Recording:
         parts = torch.from_numpy(self.count).split(sizes)
         return {site: part.view_as(books[site].usage) for site, part in zip(books, parts)}
 
-    def places(self, number, most):
-        """Up to `most` positions at which a code fires, evenly spread over the recording."""
-        return spread(self.where[number], most)
-
 
 def spread(places, most):
     """Up to `most` of some places, evenly spread over them."""

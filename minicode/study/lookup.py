@@ -12,6 +12,7 @@ from minicode.study.detectors import (
     forced_distributions,
     matches,
     record_codes,
+    spread,
 )
 
 FITS = 0.5  # the least F1 at which a label is said to fit a code
@@ -72,7 +73,7 @@ def look_up(run, recording, kinds, code):
     kind, name, precision, recall, f1 = best_labels(recording, kinds)[number] or nothing
     texts = run.data.texts(recording.tokens)
     contexts = []
-    for place in recording.places(number, 20):
+    for place in spread(recording.where[number], 20):
         row, at = divmod(int(place), recording.tokens.shape[1])
         before = "".join(texts[row][max(0, at - 8) : at])
         after = "".join(texts[row][at + 1 : at + 9])
