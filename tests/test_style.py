@@ -73,6 +73,13 @@ def test_lines_and_functions_are_short(folder):
                 assert node.end_lineno - node.lineno < 50, (path, node.name)
 
 
+def test_the_scripts_of_the_page_are_short_and_its_network_a_few_screens():
+    for path in (ROOT / "minicode").rglob("*.js"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert len(lines) <= (250 if path.stem == "network" else 400), path
+        assert all(len(line) <= 100 for line in lines), path
+
+
 def names_its_encoding(call):
     """Whether a call that opens text says how it is written; the locale's way is another's."""
     name = getattr(call.func, "attr", getattr(call.func, "id", None))

@@ -34,8 +34,20 @@ function makeCode([name, count, words, precision, recall, ...more]) {
   const label = words ? words.join(" ") : null;
   const cut = name.lastIndexOf(".");
   return {
-    name, count, words, label, precision, recall, f1, places, misses, falseAlarms, next, near, together,
-    row: name.slice(0, cut),  // where it is chosen: head.0.3, mlp.1
+    name,
+    count,
+    words,
+    label,
+    precision,
+    recall,
+    f1,
+    places,
+    misses,
+    falseAlarms,
+    next,
+    near,
+    together,
+    row: name.slice(0, cut), // where it is chosen: head.0.3, mlp.1
     id: Number(name.slice(cut + 1)),
     fits: label !== null && f1 >= data.fits,
     text: `${name} ${label ?? ""}`.toLowerCase(),
@@ -60,7 +72,8 @@ function meaning(code) {
 /** The nearest label where none fits, with its figures. */
 function nearest(code) {
   if (code.fits || code.label === null) return "";
-  return `nearest: ${code.label} (precision ${share(code.precision)}, recall ${share(code.recall)})`;
+  const figures = `precision ${share(code.precision)}, recall ${share(code.recall)}`;
+  return `nearest: ${code.label} (${figures})`;
 }
 
 // Tokens
@@ -78,13 +91,22 @@ const sequence = (number) => data.tokens.slice(number * data.length, (number + 1
 function context(place, before, after) {
   const position = place % data.length;
   const tokens = sequence((place - position) / data.length);
-  const gap = (at) => (starts(at) && at < data.length ? "\u2009" : "");  // a thin space
-  const text = (from, to) => tokens.slice(from, to).map((id, i) => (i ? gap(from + i) : "") + token(id)).join("");
-  const from = Math.max(0, position - before), to = Math.min(data.length, position + 1 + after);
+  const gap = (at) => (starts(at) && at < data.length ? "\u2009" : ""); // a thin space
+  const text = (from, to) =>
+    tokens
+      .slice(from, to)
+      .map((id, i) => (i ? gap(from + i) : "") + token(id))
+      .join("");
+  const from = Math.max(0, position - before),
+    to = Math.min(data.length, position + 1 + after);
   return [
     make("span", { class: "before" }, (from ? "…" : "") + text(from, position) + gap(position)),
     make("mark", {}, token(tokens[position])),
-    make("span", { class: "after" }, gap(position + 1) + text(position + 1, to) + (to < data.length ? "…" : "")),
+    make(
+      "span",
+      { class: "after" },
+      gap(position + 1) + text(position + 1, to) + (to < data.length ? "…" : ""),
+    ),
   ];
 }
 
@@ -94,7 +116,12 @@ function pairs(rows, digits, note = () => "") {
   const bar = (value, kind) => {
     const line = make("i");
     line.style.width = `${(100 * value) / most}%`;
-    return make("div", { class: `bar ${kind}` }, make("span", { class: "track" }, line), make("b", {}, value.toFixed(digits)));
+    return make(
+      "div",
+      { class: `bar ${kind}` },
+      make("span", { class: "track" }, line),
+      make("b", {}, value.toFixed(digits)),
+    );
   };
   return rows.flatMap(([text, free, forced], i) => [
     make("span", { class: "token" }, text),

@@ -15,7 +15,17 @@ from minicode.study.lookup import FITS
 from minicode.study.portrait import portraits
 
 FOLDER = Path(__file__).parent
-SCRIPTS = ("data", "network", "sequence", "touch", "list", "code", "report")
+SCRIPTS = (
+    "data",
+    "network",
+    "sequence",
+    "prompt",
+    "touch",
+    "written",
+    "list",
+    "code",
+    "report",
+)
 LIMIT = 10_000_000  # bytes of a page
 MOST_CODES = 8192  # that it shows: of more, those with the best labels
 N_PROMPT = 16  # tokens of the prompt; of stories, with room for any topic:

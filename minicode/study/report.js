@@ -1,6 +1,8 @@
-/* What is shown, by the address: #mlp.1.527 a code, #read/3/12 a place of a sequence, or a part of the page. */
+/* What is shown, by the address: #mlp.1.527 a code, #read/3/12 a place of a sequence, or a part
+   of the page. */
 
-let left = { top: 0 };  // the page as it was left for a code: how far it was scrolled, and the link that was followed
+// The page as it was left for a code: how far it was scrolled, and the link that was followed.
+let left = { top: 0 };
 history.scrollRestoration = "manual";
 
 function show() {
@@ -33,13 +35,22 @@ function press(event) {
 }
 
 function drawMeasures() {
-  const measure = (value) => (typeof value === "string" ? value : Number.isInteger(value) ? whole(value) : share(value, 3));
+  const measure = (value) =>
+    typeof value === "string" ? value : Number.isInteger(value) ? whole(value) : share(value, 3);
   for (const [name, value, note] of data.measures) {
-    find("measures").tBodies[0].append(make("tr", {}, make("th", { scope: "row" }, name), make("td", { class: "number" }, measure(value)), make("td", {}, note ?? "")));
+    find("measures").tBodies[0].append(
+      make(
+        "tr",
+        {},
+        make("th", { scope: "row" }, name),
+        make("td", { class: "number" }, measure(value)),
+        make("td", {}, note ?? ""),
+      ),
+    );
   }
   for (const { svg, caption } of data.figures) {
     const figure = make("figure");
-    figure.innerHTML = svg;  // made by study/figures.py, which escapes its labels
+    figure.innerHTML = svg; // made by study/figures.py, which escapes its labels
     figure.prepend(make("h3", {}, figure.querySelector("title").textContent));
     figure.append(make("figcaption", {}, caption));
     find("figures").append(figure);

@@ -4,7 +4,8 @@ const MOST_ROWS = 12;
 const grids = new Set();
 
 /** The network of this page, if it holds one. */
-const network = data.network && new Network({ ...data.network, numbers: fromBase64(data.network.numbers) });
+const network =
+  data.network && new Network({ ...data.network, numbers: fromBase64(data.network.numbers) });
 
 function fromBase64(text) {
   const binary = atob(text);
@@ -43,8 +44,8 @@ function rowsToShow(states) {
   for (const state of states) {
     for (const [row, [first]] of byRow(state)) said.set(row, (said.get(row) ?? 0) + first.fits);
   }
-  const rows = [...said.keys()];  // in the order in which the network runs through them
-  if (!network) rows.sort(collator.compare);  // of which only a part is known
+  const rows = [...said.keys()]; // in the order in which the network runs through them
+  if (!network) rows.sort(collator.compare); // of which only a part is known
   const best = [...rows].sort((a, b) => said.get(b) - said.get(a)).slice(0, MOST_ROWS);
   return rows.filter((row) => best.includes(row));
 }
@@ -60,7 +61,7 @@ function chip(code, tag, attributes) {
   return make(tag, { ...look, ...attributes }, make("small", {}, kind), make("b", {}, name));
 }
 
-/** A grid in an element. choose(position, row) is called when a token (row null) or a chip is chosen. */
+/** A grid in an element. choose(position, row): a token (row null) or a chip was chosen. */
 class Grid {
   constructor(box, label, choose, links) {
     Object.assign(this, { box, label, choose, links, cells: new Map(), at: [0, 1] });
@@ -69,10 +70,11 @@ class Grid {
     grids.add(this);
   }
 
-  /** tokens [ids], states as statesOf gives them; look(position, row, codes): a class for a cell. */
+  /** tokens [ids], states as statesOf gives them; look(position, row): a class for a cell. */
   draw(tokens, states, look = () => "") {
     const focused = this.box.contains(document.activeElement);
-    const rows = rowsToShow(states), perToken = states.map(byRow);
+    const rows = rowsToShow(states),
+      perToken = states.map(byRow);
     this.cells = new Map();
     const head = tokens.map((id, position) => {
       const choose = () => this.choose(position, null);
@@ -81,10 +83,22 @@ class Grid {
       const cell = button(text, choose, { class: "token", tabindex: -1, "aria-label": name });
       return make("th", { scope: "col", class: starts(position) ? "start" : undefined }, cell);
     });
-    const body = rows.map((row) => make("tr", {}, make("th", { scope: "row" }, row),
-      ...tokens.map((_, position) => this.cell(position, row, perToken[position].get(row) ?? [], look))));
-    const table = make("table", { role: "grid", "aria-label": this.label },
-      make("thead", {}, make("tr", {}, make("td", {}), ...head)), make("tbody", {}, ...body));
+    const body = rows.map((row) =>
+      make(
+        "tr",
+        {},
+        make("th", { scope: "row" }, row),
+        ...tokens.map((_, position) =>
+          this.cell(position, row, perToken[position].get(row) ?? [], look),
+        ),
+      ),
+    );
+    const table = make(
+      "table",
+      { role: "grid", "aria-label": this.label },
+      make("thead", {}, make("tr", {}, make("td", {}), ...head)),
+      make("tbody", {}, ...body),
+    );
     this.box.replaceChildren(table);
     this.point(focused);
   }
@@ -97,7 +111,8 @@ class Grid {
     const link = this.links ? { href: address(first) } : { type: "button" };
     const element = chip(first, this.links ? "a" : "button", { ...link, tabindex: -1 });
     if (!this.links) element.onclick = () => this.choose(position, row);
-    if (others.length) element.append(make("i", { title: `and ${others.length} more` }, `+${others.length}`));
+    if (others.length)
+      element.append(make("i", { title: `and ${others.length} more` }, `+${others.length}`));
     td.append(element);
     for (const { name } of codes) this.cells.set(name, [...(this.cells.get(name) ?? []), td]);
     return td;
@@ -105,7 +120,9 @@ class Grid {
 
   /** Marks the token whose state is shown. */
   select(position) {
-    this.box.querySelectorAll("thead th").forEach((th, i) => th.classList.toggle("chosen", i === position));
+    this.box
+      .querySelectorAll("thead th")
+      .forEach((th, i) => th.classList.toggle("chosen", i === position));
   }
 
   // Of all cells one can be reached by the tab key; the arrows go from there.
@@ -148,30 +165,60 @@ class Grid {
 function light(name) {
   for (const lit of document.querySelectorAll(".lit")) lit.classList.remove("lit");
   if (!name) return;
-  for (const grid of grids) for (const cell of grid.cells.get(name) ?? []) cell.classList.add("lit");
+  for (const grid of grids)
+    for (const cell of grid.cells.get(name) ?? []) cell.classList.add("lit");
   for (const element of document.querySelectorAll(".panel [data-code]")) {
     element.classList.toggle("lit", element.dataset.code === name);
   }
 }
 
 for (const event of ["pointerover", "focusin"]) {
-  document.addEventListener(event, ({ target }) => light(target.closest?.("[data-code]")?.dataset.code));
+  document.addEventListener(event, ({ target }) =>
+    light(target.closest?.("[data-code]")?.dataset.code),
+  );
 }
 
 /** A whole state, row by row, the first chosen first. */
 function stateList(state) {
-  return make("dl", { class: "state" }, ...[...byRow(state)].map(([row, codes]) => make("div", {},
-    make("dt", {}, row),
-    make("dd", {}, ...codes.map((code) => make("a", {
-      href: address(code), "data-code": code.name, class: code.fits ? "" : "soft", title: code.name,
-    }, code.fits ? code.label : String(code.id)))))));
+  return make(
+    "dl",
+    { class: "state" },
+    ...[...byRow(state)].map(([row, codes]) =>
+      make(
+        "div",
+        {},
+        make("dt", {}, row),
+        make(
+          "dd",
+          {},
+          ...codes.map((code) =>
+            make(
+              "a",
+              {
+                href: address(code),
+                "data-code": code.name,
+                class: code.fits ? "" : "soft",
+                title: code.name,
+              },
+              code.fits ? code.label : String(code.id),
+            ),
+          ),
+        ),
+      ),
+    ),
+  );
 }
 
 // Reading
 
 const reading = { number: 0, position: 1, states: [] };
 const nReadable = network ? nSequences : data.states.length;
-const readGrid = new Grid(find("read").querySelector(".grid"), "A sequence and its codes", readToken, true);
+const readGrid = new Grid(
+  find("read").querySelector(".grid"),
+  "A sequence and its codes",
+  readToken,
+  true,
+);
 
 /** The states of a sequence: the network's, or those that the page holds. */
 function statesOfSequence(number) {
@@ -196,9 +243,18 @@ function readToken(position) {
   reading.position = Math.max(0, Math.min(position, reading.states.length - 1));
   const text = token(sequence(reading.number)[reading.position]).trim() || "␣";
   readGrid.select(reading.position);
-  find("read").querySelector(".panel").replaceChildren(
-    make("h3", {}, "The state after ", make("mark", {}, text), ` at position ${reading.position}`),
-    stateList(reading.states[reading.position]));
+  find("read")
+    .querySelector(".panel")
+    .replaceChildren(
+      make(
+        "h3",
+        {},
+        "The state after ",
+        make("mark", {}, text),
+        ` at position ${reading.position}`,
+      ),
+      stateList(reading.states[reading.position]),
+    );
 }
 
 function startReading() {
@@ -207,7 +263,8 @@ function startReading() {
   find("number").max = nReadable - 1;
   const beyond = nReadable < nSequences ? ` (of ${whole(nSequences)} that were recorded)` : "";
   find("of").textContent = `of ${whole(nReadable)}, from 0${beyond}`;
-  find("number").onchange = () => readSequence(Math.round(Number(find("number").value)), reading.position);
+  find("number").onchange = () =>
+    readSequence(Math.round(Number(find("number").value)), reading.position);
   find("earlier").onclick = () => readSequence(reading.number - 1, reading.position);
   find("later").onclick = () => readSequence(reading.number + 1, reading.position);
   find("from-here").hidden = !network;
