@@ -11,7 +11,7 @@ const touch = {
     const most = network.config.block_size;
     const kept = tokens.slice(0, most);
     Object.assign(this, { tokens: kept, edits, chosen: { position: kept.length - 1, row: null } });
-    find("prompt").value = decode(kept);
+    if (document.activeElement !== find("prompt")) find("prompt").value = decode(kept);
     this.run(
       tokens.length > most
         ? `The network reads ${most} tokens; what comes after them is left out.`
@@ -232,9 +232,7 @@ function startTouching() {
       const edits = touch.edits.filter(
         ({ position }) => position === null || position < tokens.length,
       );
-      const typed = find("prompt").value;
       touch.ask(tokens, edits);
-      find("prompt").value = typed;
     } catch (error) {
       find("complaint").textContent = error.message;
     }
