@@ -74,6 +74,10 @@ TOUCH = """
     grid(0, 3).click(); ask("12"); seen.put = state();
     ask("x"); seen.nonsense = state();
     $("#edits button").click(); seen.removed = state();
+    grid(3, 5).click();
+    all("#touch .panel input")[1].value = "21";
+    all("#touch .panel form button")[1].click(); seen.part = state();
+    seen.focus = document.activeElement === grid(3, 5);
     $("#shows button").click(); seen.shown = state();
     seen.again = [await written()];
     $("#again").click(); seen.again.push(await written());
@@ -117,7 +121,7 @@ def check_edits(run, seen):
     assert seen["force"]["forced"] == expected(model, tokens, *steps)
     assert seen["force"]["codes"][5] == "mlp.1.7"
     assert seen["many"]["complaint"] == "at most 1 codes can be forced at a place"
-    assert "mlp.0.3 is no code of mlp.1" in seen["elsewhere"]["complaint"]
+    assert "mlp.1 has no code mlp.0.3" in seen["elsewhere"]["complaint"]
     for name in ("many", "elsewhere"):
         assert {**seen[name], "complaint": ""} == seen["force"]
     steps.append((force, state_after(run, "12"), 2))
@@ -125,6 +129,10 @@ def check_edits(run, seen):
     assert seen["nonsense"]["complaint"] == "a prompt is states, from 00 to 33"
     assert len(seen["nonsense"]["edits"]) == 3
     assert seen["removed"]["forced"] == expected(model, tokens, *steps[1:])
+    steps.append((force, {"mlp.0": state_after(run, "21")["mlp.0"]}, 4))
+    assert seen["part"]["edits"][-1] == "codes of 21 in mlp.0 forced at position 4 ×"
+    assert seen["part"]["forced"] == expected(model, tokens, *steps[1:])
+    assert seen["focus"]
 
 
 def check_written(fsm, seen, here, there):

@@ -62,7 +62,8 @@ function draw(p, number) {
 }
 
 // Edits: { kind: "force" or "block", code, position }, a position of null: wherever it writes;
-// { kind: "as", text, position }: all codes that the network has after another prompt
+// { kind: "as", text, position, row }: the codes that the network has after another prompt, in that
+// row; a row of null: in all of them
 
 function placeOf(row) {
   if (network.books[row]) return { site: row, group: 0 };
@@ -70,9 +71,11 @@ function placeOf(row) {
   return { site: row.slice(0, cut), group: Number(row.slice(cut + 1)) };
 }
 
-/** Edits that force a whole state at one position. */
-function forceState(state, position) {
-  return state.map((code) => ({
+/** Edits that force the last state of a past at one position; a row of it, if there is one. */
+function forceState(past, row, position) {
+  const state = statesOf(past).at(-1);
+  const codes = row ? state.filter((code) => code.row === row) : state;
+  return codes.map((code) => ({
     kind: "force",
     ...placeOf(code.row),
     id: code.id,
@@ -91,19 +94,19 @@ function readAll(tokens, edits = []) {
 
 /** Edits as the network takes them; and the runs whose codes are put in, with how far those go. */
 function resolve(edits, length) {
-  const resolved = [],
-    others = [];
-  for (const { kind, code, text, position } of edits) {
+  const resolved = [];
+  const others = [];
+  for (const { kind, code, text, row, position } of edits) {
     if (kind === "as") {
       const tokens = encode(text);
       const { past } = readAll(tokens);
-      resolved.push(...forceState(statesOf(past).at(-1), position));
+      resolved.push(...forceState(past, row, position));
       // On the machine, until the digits of the next state are complete.
       const more =
         machine && position === length - 1
           ? machine.digits - 1 - ((tokens.length - 1) % machine.digits)
           : 0;
-      others.push({ past, more });
+      others.push({ past, row, more });
     } else {
       const [first, last] = position === null ? [length - 1, Infinity] : [position, position];
       resolved.push({ kind, ...placeOf(code.row), id: code.id, first, last });
@@ -123,7 +126,7 @@ function goOn({ past, x }, { resolved, others }, n, random) {
     const edits = [...resolved];
     for (const other of others.filter(({ more }) => i < more)) {
       network.read(other.past, id);
-      edits.push(...forceState(statesOf(other.past).at(-1), past.length));
+      edits.push(...forceState(other.past, other.row, past.length));
     }
     x = network.read(past, id, edits);
   }

@@ -66,7 +66,9 @@ class Grid {
   constructor(box, label, choose, links) {
     Object.assign(this, { box, label, choose, links, cells: new Map(), at: [0, 1] });
     box.onkeydown = (event) => this.move(event);
-    box.addEventListener("focusin", (event) => this.follow(event.target));
+    for (const event of ["focusin", "click"]) {
+      box.addEventListener(event, ({ target }) => this.follow(target.closest("button, a")));
+    }
     grids.add(this);
   }
 
@@ -139,8 +141,8 @@ class Grid {
   }
 
   follow(element) {
-    const cell = element.closest("td, th");
-    if (!cell || !this.box.contains(cell)) return;
+    const cell = element?.closest("td, th");
+    if (!cell) return;
     this.target(this.at)?.setAttribute("tabindex", -1);
     this.at = [cell.parentElement.rowIndex, cell.cellIndex];
     element.setAttribute("tabindex", 0);

@@ -62,9 +62,7 @@ def study(run, recording, kinds, topics, budget, folder):
     if topics:
         result["steering"] = steering.steering_table(run, topics, budget)
     drawn = draw(result, points)
-    shown = dict(drawn)
-    if points and np.ptp([code for _, code, _ in points]) < 0.1:  # all of them on one line
-        del shown["detectors"]
+    shown = {name: figure for name, figure in drawn.items() if tells(name, points)}
     write(run.folder / "interpret.json", json.dumps(result, indent=1))
     data = page(run, recording, kinds, labels, result, shown)
     write_report(run.folder / "report.html", {**data, "measures": measures(result)})
@@ -73,6 +71,11 @@ def study(run, recording, kinds, topics, budget, folder):
         for name, (svg, _) in drawn.items():
             write(folder / f"{name}.svg", svg)
     return result, describe(result, run.folder)
+
+
+def tells(name, points):
+    """Whether a figure says something: not that of the detectors where all are level."""
+    return name != "detectors" or not points or np.ptp([code for _, code, _ in points]) >= 0.1
 
 
 def best_codes(recording, labels):

@@ -23,6 +23,7 @@ const touch = {
   edit(edit) {
     this.edits.push(edit);
     this.run();
+    touchGrid.point(true); // back from the panel, which is new
   },
 
   /** Runs the prompt left alone and with edits, and shows both. What can't be done is dropped. */
@@ -62,10 +63,13 @@ const at = (position) => (position === null ? "wherever it writes" : `at positio
 function showEdits() {
   const items = touch.edits.map((edit) => {
     const verb = edit.kind === "block" ? "blocked" : "forced";
-    const what = edit.kind === "as" ? `codes of ${edit.text || "the beginning"}` : edit.code.name;
+    const { kind, text, row, code } = edit;
+    const what =
+      kind === "as" ? `codes of ${text || "nothing"}${row ? ` in ${row}` : ""}` : code.name;
     const remove = () => {
       touch.edits = touch.edits.filter((other) => other !== edit);
       touch.run();
+      find("clear").focus();
     };
     const label = { class: "small", "aria-label": `no longer ${verb}: ${what}` };
     return make(
@@ -134,6 +138,7 @@ function showPanel() {
 function ask(label, name, attributes, act) {
   const input = make("input", {
     ...attributes,
+    class: "mono",
     "aria-label": label,
     spellcheck: "false",
     autocomplete: "off",
@@ -157,20 +162,16 @@ function ask(label, name, attributes, act) {
 }
 
 function tokenPanel(position, state) {
-  const act = (text) => {
-    encode(text);
-    touch.edit({ kind: "as", text, position });
-  };
+  return [askState("Put in the codes that it has after", position, null), stateList(state)];
+}
+
+/** A form that puts in the codes that the network has after another prompt. */
+function askState(label, position, row) {
   const example = machine ? machine.demonstration[1] : data.prompt;
-  return [
-    ask(
-      "Put in the codes that it has after",
-      "Put in",
-      { placeholder: example, class: "mono" },
-      act,
-    ),
-    stateList(state),
-  ];
+  return ask(label, "Put in", { placeholder: example }, (text) => {
+    encode(text);
+    touch.edit({ kind: "as", text, row, position });
+  });
 }
 
 function codePanel(position, row, chosen) {
@@ -178,31 +179,21 @@ function codePanel(position, row, chosen) {
   const there = codes.filter((code) => code.row === row).sort(ORDERS.f1);
   const act = (text) => {
     const code = there.find(({ name, id, label }) => [name, String(id), label].includes(text));
-    if (!code)
-      throw new Error(
-        `${text || "that"} is no code of ${row}: they are written as ${chosen[0].name}`,
-      );
+    if (!code) throw new Error(`${row} has no code ${text}: write ${chosen[0].name}, say`);
     touch.edit({ kind: "force", code, position });
   };
   const living = there.filter((code) => code.count);
   const options = living.map((code) => make("option", { value: code.name }, meaning(code)));
-  const lines = chosen.map((code) =>
-    make(
-      "li",
-      {},
-      make("a", { href: address(code), "data-code": code.name, class: "mono" }, code.name),
-      ` ${meaning(code)} `,
-      button("block it", () => touch.edit({ kind: "block", code, position }), { class: "small" }),
-    ),
-  );
+  const block = (code) =>
+    button("block it", () => touch.edit({ kind: "block", code, position }), { class: "small" });
+  const link = (code) =>
+    make("a", { href: address(code), "data-code": code.name, class: "mono" }, code.name);
+  const lines = chosen.map((code) => make("li", {}, link(code), ` ${meaning(code)} `, block(code)));
+  const example = { list: "codes-of-row", placeholder: living[0]?.name };
   return [
     make("ul", { class: "plain" }, ...lines),
-    ask(
-      "Force another there:",
-      "Force",
-      { list: "codes-of-row", placeholder: living[0]?.name, class: "mono" },
-      act,
-    ),
+    ask("Force another there", "Force", example, act),
+    askState(`Put in those that ${row} has after`, position, row),
     make("datalist", { id: "codes-of-row" }, ...options),
   ];
 }

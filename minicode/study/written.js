@@ -5,7 +5,7 @@ const N_WRITTEN = machine ? 8 : 4; // continuations
 /** One continuation at a time, so that the page stays quick. */
 function showWritten(free, forced, edits) {
   const last = touch.tokens.length - 1;
-  const as = touch.edits.find((edit) => edit.kind === "as" && edit.position === last);
+  const as = touch.edits.find((edit) => edit.kind === "as" && !edit.row && edit.position === last);
   const own = machine && statesIn(touch.tokens).at(-1);
   const sides = [
     { name: "left alone", kind: "free", from: free, how: { resolved: [], others: [] }, state: own },
