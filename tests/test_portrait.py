@@ -77,7 +77,7 @@ def test_next_tokens_are_ranked_by_lift(recording, kinds, labels):
     rows = as_dicts(portraits(recording, kinds, labels, ranked))
     for number, row in zip(sorted(ranked.tolist()), rows):
         lift = (forced[number] + 1e-3) / (free[number] + 1e-3)
-        tokens = [token for token in np.argsort(-lift) if lift[token] > 1]
+        tokens = [token for token in np.argsort(-lift) if lift[token] >= 1.01]
         assert [token for token, *_ in row["next"]] == tokens
         for token, p, left_alone, times in row["next"]:
             assert p == pytest.approx(forced[number][token], rel=1e-3)

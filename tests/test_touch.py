@@ -10,6 +10,7 @@ from conftest import make_model
 from minicode import block, force, load_run
 from minicode.language.text import Text
 from minicode.model import evaluating
+from minicode.sample import main as sample
 from minicode.study.detectors import best_labels, chosen, held_out, record_codes
 from minicode.study.page import page, weights
 
@@ -65,6 +66,7 @@ TOUCH = """
     $("#clear").click(); seen.cleared = state();
     type("#prompt", "3 10"); seen.typed = state();
     type("#prompt", "9"); seen.bad = state();
+    type("#prompt", "31 02 31 02 31 02"); seen.long = state();
     type("#prompt", "3102");
     grid(3, 5).click(); seen.chip = state();
     $("#touch .panel li button").click(); seen.blocked = state();
@@ -102,9 +104,17 @@ def test_codes_and_states_are_put_in_and_taken_out(browse, run, data):
     assert seen["typed"]["title"] == "The state after 0 at position 3"
     assert seen["bad"]["complaint"] == "a prompt is states, from 00 to 33"
     assert seen["bad"]["free"] == seen["typed"]["free"]
+    assert seen["long"]["complaint"].startswith("The network reads 12 tokens")
+    assert seen["long"]["prompt"] == "31 02 31 02 31 0"
     check_edits(run, seen)
     check_written(run.fsm, seen, here, there)
     assert not seen["wide"]
+
+
+def test_the_demonstration_is_that_of_the_command(tiny_run, data, capsys):
+    sample(["--run", str(tiny_run), "--force-code", "--num-samples", "1", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert data["machine"]["demonstration"] == [result["prompt"], result["state"]]
 
 
 def check_edits(run, seen):

@@ -22,7 +22,7 @@ function neighbours(title, near) {
       "li",
       {},
       make("a", { href: "#" + codes[i].name, class: "mono" }, codes[i].name),
-      ` ${meaning(codes[i])} `,
+      ` ${about(codes[i])} `,
       make("span", { class: "soft" }, value.toFixed(2)),
     ),
   );

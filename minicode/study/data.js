@@ -69,6 +69,12 @@ function meaning(code) {
   return "no label fits";
 }
 
+/** The same, and what is nearest where no label fits. */
+function about(code) {
+  const other = code.fits || code.label === null ? "" : `; nearest: ${code.label}`;
+  return meaning(code) + other;
+}
+
 /** The nearest label where none fits, with its figures. */
 function nearest(code) {
   if (code.fits || code.label === null) return "";

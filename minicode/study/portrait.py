@@ -15,6 +15,7 @@ N_PLACES = 20  # at which a code fires
 N_COUNTER = 5  # at which its label is and it does not fire; and as many the other way round
 N_NEXT = 8  # tokens that it makes more probable
 N_NEAR = 5  # codes near it
+LIFTED = 1.01  # times as probable, at least
 HARDLY = 1e-3  # is added to probabilities, so that no token leads that hardly ever comes
 
 
@@ -72,7 +73,7 @@ def examples(label, where, places_of):
 def lifted(p, free):
     """The tokens that p makes the most times as probable: [[token, p, free, lift], ...]."""
     lift = (p + HARDLY) / (free + HARDLY)
-    tokens = [token for token in np.argsort(-lift)[:N_NEXT] if lift[token] > 1]
+    tokens = [token for token in np.argsort(-lift)[:N_NEXT] if lift[token] >= LIFTED]
     rows = [(int(token), p[token], free[token], lift[token]) for token in tokens]
     return [[token, *map(digits, values)] for token, *values in rows]
 

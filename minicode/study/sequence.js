@@ -56,8 +56,8 @@ const address = (code) => (byName.has(code.name) ? "#" + code.name : undefined);
 /** Draws a code as a chip: what it stands for in two lines, or its number. */
 function chip(code, tag, attributes) {
   const [kind, name] = code.fits ? code.words : ["", String(code.id)];
-  const about = `${code.name}: ${meaning(code)}`;
-  const look = { class: code.fits ? "chip" : "chip bare", "data-code": code.name, title: about };
+  const title = `${code.name}: ${about(code)}`;
+  const look = { class: code.fits ? "chip" : "chip bare", "data-code": code.name, title };
   return make(tag, { ...look, ...attributes }, make("small", {}, kind), make("b", {}, name));
 }
 

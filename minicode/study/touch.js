@@ -183,12 +183,12 @@ function codePanel(position, row, chosen) {
     touch.edit({ kind: "force", code, position });
   };
   const living = there.filter((code) => code.count);
-  const options = living.map((code) => make("option", { value: code.name }, meaning(code)));
+  const options = living.map((code) => make("option", { value: code.name }, about(code)));
   const block = (code) =>
     button("block it", () => touch.edit({ kind: "block", code, position }), { class: "small" });
   const link = (code) =>
     make("a", { href: address(code), "data-code": code.name, class: "mono" }, code.name);
-  const lines = chosen.map((code) => make("li", {}, link(code), ` ${meaning(code)} `, block(code)));
+  const lines = chosen.map((code) => make("li", {}, link(code), ` ${about(code)} `, block(code)));
   const example = { list: "codes-of-row", placeholder: living[0]?.name };
   return [
     make("ul", { class: "plain" }, ...lines),
