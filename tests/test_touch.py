@@ -223,7 +223,7 @@ def test_the_codes_of_a_topic_and_a_text_as_prompt(browse, tmp_path):
     data = {
         "title": "run", "about": "", "measures": [], "figures": [], "vocab": text.vocabulary,
         "group": 0, "length": 2, "tokens": [256, 65], "codes": [], "left_out": 0, "fits": 0.5,
-        "machine": None, "states": [], "network": weights(model), "prompt": "The king said",
+        "machine": None, "states": [], "network": weights(model), "prompt": "went;\nThe king said",
         "steered": [["king", codes]],
     }  # fmt: skip
     script = """
@@ -232,14 +232,16 @@ def test_the_codes_of_a_topic_and_a_text_as_prompt(browse, tmp_path):
         const shown = text("#next .token");
         $("#clear").click(); seen.cleared = state();
         $("#shows button").click(); seen.shown = state();
+        type("#prompt", $("#prompt").value); seen.typed = state();
         return { tokens, texts, shown, seen };"""
     found = browse(data, TOOLS + script % json.dumps(prompts))
     assert found["tokens"] == [text.prompt(prompt)[0].tolist() for prompt in prompts]
     assert found["texts"] == prompts
-    tokens = text.prompt("The king said")
+    tokens = text.prompt("went;\nThe king said")
     seen = found["seen"]
-    for shown in (seen["opened"], seen["shown"]):
-        assert shown["edits"] == [f"{code} forced wherever it writes ×" for code in codes]
+    for shown in (seen["opened"], seen["shown"], seen["typed"]):
+        assert shown["prompt"] == "went;↵The king said"
+        assert shown["edits"] == [f"{code} forced ×" for code in codes]
         assert (shown["looks"][0], shown["codes"][0]) == ("forced", codes[0])
         free = expected(model, tokens).expected
         forced = expected(model, tokens, (force, codes, "generated")).expected

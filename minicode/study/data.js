@@ -85,6 +85,7 @@ function nearest(code) {
 // Tokens
 
 const visible = (text) => text.replaceAll("\n", "↵").replaceAll("\t", "⇥");
+const typed = (text) => text.replaceAll("↵", "\n").replaceAll("⇥", "\t");
 const token = (id) => visible(data.vocab[id]);
 
 /** Whether a group of tokens, such as a state, starts at a position. */

@@ -11,7 +11,7 @@ const touch = {
     const most = network.config.block_size;
     const kept = tokens.slice(0, most);
     Object.assign(this, { tokens: kept, edits, chosen: { position: kept.length - 1, row: null } });
-    if (document.activeElement !== find("prompt")) find("prompt").value = decode(kept);
+    if (document.activeElement !== find("prompt")) find("prompt").value = visible(decode(kept));
     this.run(
       tokens.length > most
         ? `The network reads ${most} tokens; what comes after them is left out.`
@@ -58,7 +58,7 @@ const touchGrid =
     false,
   );
 
-const at = (position) => (position === null ? "wherever it writes" : `at position ${position}`);
+const at = (position) => (position === null ? "" : `at position ${position} `);
 
 function showEdits() {
   const items = touch.edits.map((edit) => {
@@ -75,7 +75,7 @@ function showEdits() {
     return make(
       "li",
       { class: verb },
-      `${what} ${verb} ${at(edit.position)} `,
+      `${what} ${verb} ${at(edit.position)}`,
       button("×", remove, label),
     );
   });
@@ -219,7 +219,7 @@ function startTouching() {
   if (!network) return;
   const show = () => {
     try {
-      const tokens = encode(find("prompt").value);
+      const tokens = encode(typed(find("prompt").value));
       const edits = touch.edits.filter(
         ({ position }) => position === null || position < tokens.length,
       );
