@@ -4,8 +4,7 @@
    C  n_embd            G  groups of a codebook (the heads of a layer)
    T  positions         d  dimensions of one of them, or of a head
    V  vocabulary        N  codes in one group, of which k are chosen
-
-   A matrix (m, n) is one Float32Array: m rows of n numbers. */
+   (m, n) is a matrix: one Float32Array, m rows of n numbers. */
 
 /** The sum of x[i] * y[i], over n numbers from two places on. */
 function dot(x, xAt, y, yAt, n) {
@@ -100,7 +99,7 @@ class Codebook {
       if (config.similarity === "distance") this.offset[i] = -square / 2;
     }
     this.zeros = new Float32Array(groups * nCodes);
-    this.products = new Map();  // of a code with all of its group: what choosing it takes off them
+    this.products = [];  // of a code with all of its group: what choosing it takes off them
   }
 
   /** What x (G * d) becomes, and the ids of each group: [q (G * d), G lists of k]. */
@@ -146,17 +145,18 @@ class Codebook {
     const scores = this.similarities(a, 0, group);
     blocked.forEach((id) => { scores[id] = -Infinity; });
     if (!this.pursuit) return best(scores, this.k);
-    const ids = [];
+    const ids = best(scores, 1);
     while (ids.length < this.k) {
-      const [id] = best(scores, 1);
-      const row = group * this.nCodes + id;
-      if (!this.products.has(row)) {
-        this.products.set(row, this.similarities(this.codes, row * this.dim, group, this.zeros));
+      const last = ids.at(-1), row = group * this.nCodes + last;
+      const products = this.products[row] ??=
+        this.similarities(this.codes, row * this.dim, group, this.zeros);
+      scores[last] = -Infinity;
+      let next = 0;
+      for (let i = 0; i < this.nCodes; i++) {
+        scores[i] -= products[i];
+        if (scores[i] > scores[next]) next = i;
       }
-      const products = this.products.get(row);
-      for (let i = 0; i < this.nCodes; i++) scores[i] -= products[i];
-      scores[id] = -Infinity;
-      ids.push(id);
+      ids.push(next);
     }
     return ids;
   }
