@@ -15,7 +15,7 @@ setup(
     package_dir={"minicode.csrc": "csrc"},
     package_data={
         "minicode.language": ["*.txt"],
-        "minicode.study": ["*.css", "*.html"],
+        "minicode.study": ["*.css", "*.html", "*.js"],
         "minicode.csrc": ["*"],
     },
     python_requires=">=3.10",

@@ -161,21 +161,26 @@ class FSM:
         trigram  a state and the first digit of the next one, at that digit
         bigram   the last two digits, wherever they stand
         digit    the last
+        digit before    the one before that, and which digit of its state the last is
         """
         tokens = self.held_out(rng, n, length)
-        state, bigram, trigram = np.full((3, n, length), -1)
+        state, bigram, trigram, earlier = np.full((4, n, length), -1)
         state[:, self.digits :: self.digits] = self.decode(tokens[:, 1:])
         digit = np.where(tokens < self.base, tokens, -1)
         bigram[:, 2:] = digit[:, 1:-1] * self.base + digit[:, 2:]
         before = state[:, :-1]
         trigram[:, 1:] = np.where(before >= 0, before * self.base + digit[:, 1:], -1)
+        place = np.arange(1, length - 1) % self.digits
+        earlier[:, 2:] = digit[:, 1:-1] * self.digits + place
         digits = self.vocabulary[: self.base]
+        places = range(1, self.digits + 1)
         states = [self.name(s) for s in range(self.n_states)]
         return tokens, {
             "state": (state, states),
             "trigram": (trigram, [f"{s} {d}" for s in states for d in digits]),
             "bigram": (bigram, [x + y for x in digits for y in digits]),
             "digit": (digit, digits),
+            "digit before": (earlier, [f"{x} at place {i}" for x in digits for i in places]),
         }
 
     def prefixes(self):

@@ -240,6 +240,7 @@ def test_labels_of_positions(fsm):
             "trigram": {i: f"{text[i - 3 : i - 1]} {text[i - 1]}" for i in (3, 5, 7)},
             "bigram": {i: text[i - 2 : i] for i in range(2, 8)},
             "digit": {i: text[i - 1] for i in range(1, 8)},
+            "digit before": {i: f"{text[i - 2]} at place {2 - i % 2}" for i in range(2, 8)},
         }
         assert kinds.keys() == expected.keys()
         for kind, (labels, names) in kinds.items():

@@ -17,7 +17,7 @@ from minicode.interpret import main as interpret
 from minicode.study.detectors import record_codes
 from minicode.study.lookup import look_up
 from minicode.study.picture import picture
-from minicode.study.study import best_codes
+from minicode.study.study import best_codes, tells
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -56,6 +56,13 @@ def test_the_control_chart_says_in_words_what_is_forced(interpreted):
     words += ["random codes", "codes of a wrong state", "no codes (left alone)"]
     assert set(words) <= set(texts)
     assert not {"all_mlp", "first", "random_code"} & set(texts)
+
+
+def test_a_chart_whose_points_all_level_is_not_on_the_page():
+    level = [(0.2, 1.0, "a"), (0.9, 0.95, "b")]
+    assert not tells("detectors", level)
+    assert tells("detectors", [*level, (0.5, 0.5, "c")])
+    assert tells("control", level)
 
 
 def test_a_run_that_has_not_learnt_the_machine_is_told_of(interpreted, tmp_path, capsys):

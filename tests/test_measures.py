@@ -22,6 +22,7 @@ from minicode.study.detectors import (
     neurons,
     purity,
     record_codes,
+    spread,
 )
 from minicode.study.machine import (
     add_mean_difference,
@@ -102,7 +103,7 @@ def test_recording_is_what_record_says(fsm):
     assert (name.site, name.group) == ("head.0", 0)
     assert name.id == codes["head.0"][3, 5, 0, 1]
     assert recording.count.sum() == 70 * 8 * 12
-    places = recording.places(number, 4)
+    places = spread(recording.where[number], 4)
     assert 1 <= len(places) <= 4
     assert all(number in recording.fired[place] for place in places)
 
@@ -221,18 +222,17 @@ def test_forced_distributions_against_force(fsm):
     recording = record_codes(model, tokens.numpy())
     numbers = [int(number) for number in np.flatnonzero(recording.count)[::7]]
     found, free = forced_distributions(recording, numbers, n_contexts=4)
-    assert found.keys() == set(numbers)
-    left_alone = []
+    assert found.keys() == free.keys() == set(numbers)
     for number in numbers:
         positions = np.flatnonzero((recording.fired == number).any(1)) % 8
         last = min([p for p in positions if p >= 3], default=7)
         contexts = tokens[:4, : last + 1]
         with evaluating(model):
-            left_alone.append(model(contexts)[0][:, -1].softmax(-1).mean(0).numpy())
+            left_alone = model(contexts)[0][:, -1].softmax(-1).mean(0)
             with force(model, f"{recording.names[number]}@{last}"):
                 p = model(contexts)[0][:, -1].softmax(-1).mean(0)
         np.testing.assert_allclose(found[number], p, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(free, np.mean(left_alone, axis=0), atol=1e-6)
+        np.testing.assert_allclose(free[number], left_alone, atol=1e-6)
 
 
 # -- control

@@ -1,11 +1,8 @@
 """The charts, as XML; and the page of a run, opened in a real browser without a window."""
 
-import html
-import json
-import os
+import base64
+import hashlib
 import re
-import shutil
-import subprocess
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -172,10 +169,13 @@ VOCAB = ["0", "1", "2", "3", "B"]
 VOCAB += ["<script>window.hacked=1</script>", "</script>", "<img src=x onerror=window.hacked=1>"]
 VOCAB += ["\u2028&\n"]
 SPACE = "\u2009"
+NONE = [[], [], [], [], [], []]  # places, misses, false alarms, next, near, together
 
 
 def make_data(**changes):
     """Two sequences of 7 tokens, and five codes: one is dead, one has a label that does not fit."""
+    state = ["state", "<b>01"]
+    next_tokens = [[1, 0.75, 0.25, 2.992], [7, 0.0125, 0.005, 2.25]]
     data = {
         "title": "runs/<b>tiny",
         "about": "about & more",
@@ -186,129 +186,74 @@ def make_data(**changes):
         "group": 2,
         "tokens": [4, 0, 1, 2, 3, 0, 2, 4, 5, 6, 7, 8, 1, 1],
         "codes": [
-            ["mlp.0.2", 7, "state <b>01", 0.5, 1.0, [2, 10], [[1, 0.75], [7, 0.25]]],
-            ["mlp.0.10", 3, None, None, None, [0, 6], [[0, 1.0]]],
-            ["head.1.0.3", 0, None, None, None, [], []],
-            ["mlp.1.1", 4, "state 11", 0.9, 0.9, [13], [[0, 1.0]]],
-            ["mlp.1.2", 2, "state 11", 0.1, 0.2, [4], [[0, 1.0]]],
+            ["mlp.0.2", 7, state, 0.5, 1.0, [2, 10], [3], [11], next_tokens, [[1, 0.5]], [[3, 1]]],
+            ["mlp.0.10", 3, None, None, None, [0, 6], [], [], [[0, 1.0, 0.5, 2]], [], []],
+            ["head.1.0.3", 0, None, None, None, *NONE],
+            ["mlp.1.1", 4, ["state", "11"], 0.9, 0.9, [13], *NONE[1:]],
+            ["mlp.1.2", 2, ["state", "11"], 0.1, 0.2, [4], *NONE[1:]],
         ],
+        "left_out": 0,
         "fits": 0.5,
-        "free": [[0, 0.6], [1, 0.3]],
+        "machine": None,
+        "steered": [],
+        "prompt": "",
+        "network": None,
+        "states": [[[0, 3], [1, 3], [0, 4], [1, 0], [3], [0], [0, 1]], [[0]] * 7],
     }
     return {**data, **changes}
 
 
-WATCH = """<head><script>
-window.errors = [];
-window.onerror = console.error = console.warn = (...message) => errors.push(message.join(" "));
-addEventListener("securitypolicyviolation", (event) => errors.push(event.blockedURI));
-</script>"""
-RUN = """<script>
-const $ = (selector) => document.querySelector(selector);
-const all = (selector) => [...document.querySelectorAll(selector)];
-const text = (selector) => all(selector).map((element) => element.textContent);
-const names = () => text("#codes tbody a");
-const until = async (ready) => {
-  while (!ready()) await new Promise((next) => setTimeout(next, 5));
-};
-const press = (key) => {
-  $("body").dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
-};
-const open = async (name) => {
-  const link = $(`a[href="#${name}"]`);
-  link.focus();
-  link.click();
-  await until(() => $("#code h1")?.textContent === name);
-};
-const wide = () => document.documentElement.scrollWidth > innerWidth;
-const list = () => until(() => !$("#run").hidden);
-const type = (words) => {
-  $("#search").value = words;
-  $("#search").dispatchEvent(new Event("input"));
-};
-(async () => { %s })().catch((error) => errors.push(String(error))).then((found) => {
-  const result = document.createElement("pre");
-  result.textContent = JSON.stringify({ found, errors });
-  document.body.replaceChildren(result);
-});
-</script></body>"""
-
-
-@pytest.fixture
-def browse(tmp_path):
-    """browse(data, script): what the script returns in the page; nothing may be complained of."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    browser = next(filter(None, map(shutil.which, names)), None)
-    if not browser:
-        assert os.environ.get("CI") != "true", "the page must be tested in a browser"
-        pytest.skip(f"no browser on the PATH: {', '.join(names)}")
-
-    def run(data, script, address=""):
-        page = tmp_path / "report.html"
-        write_report(page, data)
-        watched = page.read_text(encoding="utf-8").replace("<head>", WATCH, 1)
-        page.write_text(watched.replace("</body>", RUN % script), encoding="utf-8")
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900"]
-        flags += [f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=10000"]
-        command = [browser, *flags, "--dump-dom", page.as_uri() + address]
-        done = subprocess.run(command, capture_output=True, timeout=60, encoding="utf-8")
-        result = re.search("<body><pre>(.*)</pre>", done.stdout, re.DOTALL)
-        assert result, f"the script did not end: {done.stdout[-1000:]} {done.stderr[-1000:]}"
-        result = json.loads(html.unescape(result[1]))
-        assert result["errors"] == []
-        return result["found"]
-
-    return run
-
-
 SHOWN = """
+    const names = () => text("#list tbody a");
+    const cells = (row) => [...row.cells].map((cell) => cell.textContent);
+    const rows = (selector) => all(selector).map(cells);
     const run = {
       title: document.title, h1: $("h1").textContent, about: $("#about").textContent,
-      measures: all("#measures tr").map((row) => [...row.cells].map((cell) => cell.textContent)),
-      svg: $("#figures svg title").textContent, caption: $("figcaption").textContent,
-      found: $("#found").textContent, names: names(),
-      row: [...$("#codes tbody tr").cells].map((cell) => cell.textContent),
-      more: $("#more").hidden, wide: wide(), labels: text("#codes td:nth-child(4)"),
+      measures: rows("#measures tr"), svg: $("#figures svg title").textContent,
+      figure: text("figure h3, figcaption"), found: $("#found").textContent,
+      rows: rows("#list tbody tr"), more: $("#more").hidden, wide: wide(),
+      touch: $("#touch").hidden,
     };"""
 LIST = """
     const lists = {};
-    const order = () => all("th[aria-sort]").map((th) => th.textContent + " " + th.ariaSort).join();
-    const note = (what) => { lists[what] = [names().join(" "), order()]; };
-    const sort = (title) => all("th button").find((b) => b.textContent === title).click();
-    const searches = ["mlp.0", "STATE", "mlp.0 <b>", "none such", ""];
-    for (const words of searches) { type(words); note(words); }
-    $("#site").value = "head.1.0"; $("#site").onchange(); note("site");
-    $("#site").value = ""; $("#site").onchange();
-    for (const title of ["Code", "Count", "Precision", "Stands for"]) { sort(title); note(title); }
-    sort("Stands for"); note("turned");
-    const focus = document.activeElement.textContent;
+    const note = (what) => { lists[what] = names().join(" "); };
+    for (const words of ["mlp.0", "STATE", "mlp.0 <b>", "none such", ""]) {
+      type("#search", words);
+      note(words);
+    }
+    type("#site", "mlp.1"); note("site"); type("#site", "");
+    type("#least", "0.6"); note("least"); type("#least", "0");
+    $("#dead").click(); note("dead"); $("#dead").click();
+    for (const order of ["count", "label", "name"]) { type("#order", order); note(order); }
+    type("#order", "f1");
     const sites = all("#site option").map((option) => option.value);"""
 CODE = """
+    const list = () => until(() => !$("#run").hidden);
     const parts = (line) => [...line.children].map((part) => part.textContent);
-    const contexts = () => all(".context").map(parts);
     await open("mlp.0.2");
     const first = {
-      contexts: contexts(), facts: text("#code dd"), label: $("#code strong").textContent,
-      run: $("#run").hidden, focus: document.activeElement.tagName, tokens: text(".token"),
-      bars: text(".bar"), address: location.hash, wide: wide(),
+      contexts: all(".context").map(parts), heads: text("#code h2, #code h3"),
+      facts: text("#code dd"), label: $("#code strong").textContent, run: $("#run").hidden,
+      focus: document.activeElement.tagName, tokens: text("#code .token"), bars: text("#code .bar"),
+      lifts: text("#code .next > .soft"), near: text("#code .plain li"),
+      command: $("#code code").textContent, address: location.hash, wide: wide(),
     };
-    press("Escape");
+    key("Escape");
     await list();
     const focused = document.activeElement.textContent;
     const back = { hidden: $("#code").hidden, focus: focused, address: location.hash };
     await open("mlp.0.10");
-    const second = contexts();
-    await open("mlp.1.1");
-    const others = text("#code h2").at(-1);
-    history.back();
-    await until(() => $("#code h1")?.textContent === "mlp.0.10");
+    const second = all(".context").map(parts);
+    key("ArrowRight");
+    await until(() => $("#code h1").textContent === "head.1.0.3");
+    const dead = $("#code").textContent;
+    key("ArrowLeft");
+    await until(() => $("#code h1").textContent === "mlp.0.10");
     $("#code a").click();
     await list();
-    await open("head.1.0.3");
-    const dead = $("#code").textContent;
     await open("mlp.1.2");
     const misfit = $("#code").textContent;"""
-RETURN = "return { run, lists, focus, sites, first, back, second, others, dead, misfit };"
+RETURN = "return { run, lists, sites, first, back, second, dead, misfit };"
 
 
 def test_the_run_its_list_and_the_pages_of_its_codes(browse):
@@ -323,52 +268,64 @@ def check_run(run):
     assert run["h1"] == "runs/<b>tiny"
     assert run["about"] == "about & more"
     assert run["svg"] == "a chart"
-    assert run["caption"] == "<i>caption"
-    assert run["more"]
+    assert run["figure"] == ["a chart", "<i>caption"]
+    assert run["more"] and run["touch"]
     assert not run["wide"]
     assert run["measures"] == [
         ["accuracy", "0.500", "a note"],
         ["codes", "1,234", ""],
         ["nothing", "–", ""],
     ]
-    assert run["found"] == "5 of 5 codes"
-    assert run["names"] == ["mlp.1.1", "mlp.0.2", "mlp.1.2", "mlp.0.10", "head.1.0.3"]
-    assert run["row"] == ["mlp.1.1", "4", "28.57 %", "state 11", "0.90", "0.90", "0.90"]
-    misfit = "no label fits; nearest: state 11"
-    dead = "dead: never chosen"
-    assert run["labels"] == ["state 11", "state <b>01", misfit, "no label fits", dead]
+    assert run["found"] == "4 of 5 codes, 3 groups"
+    misfit = f"B{SPACE}01{SPACE}23{SPACE}02nearest: state 11 (precision 0.10, recall 0.20)"
+    assert run["rows"] == [
+        ["state 11"],
+        ["mlp.1.1", f"B{SPACE}{VOCAB[5]}{VOCAB[6]}{SPACE}{VOCAB[7]}\u2028&↵{SPACE}11"]
+        + ["4", "0.90", "0.90", "0.90"],
+        ["state <b>01"],
+        ["mlp.0.2", f"B{SPACE}{VOCAB[5]}{VOCAB[6]}{SPACE}{VOCAB[7]}\u2028&↵{SPACE}11"]
+        + ["7", "0.50", "1.00", "0.67"],
+        ["no label fits"],
+        ["mlp.1.2", misfit, "2", "0.10", "0.20", "0.13"],
+        ["mlp.0.10", f"B{SPACE}01{SPACE}23{SPACE}02", "3", "–", "–", "–"],
+    ]
 
 
 def check_lists(found):
     assert found["sites"] == ["", "head.1.0", "mlp.0", "mlp.1"]
-    assert found["focus"] == "Stands for"
-    by_f1 = "F1 descending"
     assert found["lists"] == {
-        "mlp.0": ["mlp.0.2 mlp.0.10", by_f1],
-        "STATE": ["mlp.1.1 mlp.0.2 mlp.1.2", by_f1],
-        "mlp.0 <b>": ["mlp.0.2", by_f1],
-        "none such": ["", by_f1],
-        "": ["mlp.1.1 mlp.0.2 mlp.1.2 mlp.0.10 head.1.0.3", by_f1],
-        "site": ["head.1.0.3", by_f1],
-        "Code": ["head.1.0.3 mlp.0.2 mlp.0.10 mlp.1.1 mlp.1.2", "Code ascending"],
-        "Count": ["mlp.0.2 mlp.1.1 mlp.0.10 mlp.1.2 head.1.0.3", "Count descending"],
-        # those without a precision, or a label, come last
-        "Precision": ["mlp.1.1 mlp.0.2 mlp.1.2 mlp.0.10 head.1.0.3", "Precision descending"],
-        "Stands for": ["mlp.0.2 mlp.1.1 mlp.1.2 mlp.0.10 head.1.0.3", "Stands for ascending"],
-        "turned": ["mlp.1.1 mlp.1.2 mlp.0.2 mlp.0.10 head.1.0.3", "Stands for descending"],
+        "mlp.0": "mlp.0.2 mlp.0.10",
+        "STATE": "mlp.1.1 mlp.0.2 mlp.1.2",
+        "mlp.0 <b>": "mlp.0.2",
+        "none such": "",
+        "": "mlp.1.1 mlp.0.2 mlp.1.2 mlp.0.10",
+        "site": "mlp.1.1 mlp.1.2",
+        "least": "mlp.1.1 mlp.0.2",
+        "dead": "mlp.1.1 mlp.0.2 mlp.1.2 mlp.0.10 head.1.0.3",
+        # in each group
+        "count": "mlp.0.2 mlp.1.1 mlp.0.10 mlp.1.2",
+        "label": "mlp.0.2 mlp.1.1 mlp.0.10 mlp.1.2",
+        "name": "mlp.0.2 mlp.1.1 mlp.0.10 mlp.1.2",
     }
 
 
 def check_codes(found):
     first = found["first"]
+    hostile = f"B{SPACE}{VOCAB[5]}{VOCAB[6]}{SPACE}"
     assert first["contexts"] == [
         [f"B{SPACE}0", "1", f"{SPACE}23{SPACE}02", "sequence 0, position 2"],
-        [
-            f"B{SPACE}{VOCAB[5]}{VOCAB[6]}{SPACE}",
-            VOCAB[7],
-            f"\u2028&↵{SPACE}11",
-            "sequence 1, position 3",
-        ],
+        [hostile, VOCAB[7], f"\u2028&↵{SPACE}11", "sequence 1, position 3"],
+        [f"B{SPACE}01{SPACE}", "2", f"3{SPACE}02", "sequence 0, position 3"],
+        [f"{hostile}{VOCAB[7]}", "\u2028&↵", f"{SPACE}11", "sequence 1, position 4"],
+    ]
+    assert first["heads"] == [
+        "Where it fires",
+        "state <b>01, but it does not fire",
+        "It fires, but it is not state <b>01",
+        "What it does",
+        "Codes near it",
+        "Nearest by cosine, at its place",
+        "Most often there when it is (intersection over union)",
     ]
     assert first["facts"] == ["7", "50.00 %", "0.50", "1.00", "0.67"]
     assert first["label"] == "state <b>01"
@@ -376,76 +333,157 @@ def check_codes(found):
     assert first["focus"] == "H1"
     assert first["address"] == "#mlp.0.2"
     assert not first["wide"]
-    assert first["tokens"] == ["1", VOCAB[7], "0"]
-    assert first["bars"] == ["0.750", "0.300", "0.250", "below 0.300", "below 0.250", "0.600"]
+    assert first["tokens"] == ["1", VOCAB[7]]
+    assert first["bars"] == ["0.2500", "0.7500", "0.0050", "0.0125"]
+    assert first["lifts"] == ["× 2.99", "× 2.25"]
+    assert first["near"] == ["mlp.0.10 no label fits 0.50", "mlp.1.1 state 11 1.00"]
+    command = "python -m minicode.sample --run runs/<b>tiny --force-code mlp.0.2"
+    assert first["command"] == command
     assert found["back"] == {"hidden": True, "focus": "mlp.0.2", "address": ""}
     assert found["second"] == [
         ["", "B", f"{SPACE}01{SPACE}23{SPACE}02", "sequence 0, position 0"],
         [f"B{SPACE}01{SPACE}23{SPACE}0", "2", "", "sequence 0, position 6"],
     ]
-    assert found["others"] == "The next token"  # mlp.1.2 does not stand for the same: it fits badly
     assert "dead: never chosen" in found["dead"]
-    assert "fires" not in found["dead"]
-    assert "no label fits; nearest: state 11" in found["misfit"]
+    assert "Where it fires" not in found["dead"]
+    assert "no label fits; nearest: state 11 (precision 0.10, recall 0.20)" in found["misfit"]
     assert "stands for" not in found["misfit"]
+
+
+READ = """
+    const cells = (row) => [...row.cells].map((cell) => cell.textContent);
+    const state = () => [$("#read h3").textContent, ...text("#read .state div")];
+    const there = { tokens: text("#read thead th"), state: state(), wide: wide() };
+    there.cells = all("#read tbody tr").map(cells);
+    const lit = () => all("#read td").flatMap((cell, i) => (cell.matches(".lit") ? i : []));
+    const chips = all("#read .chip");
+    chips[0].dispatchEvent(new PointerEvent("pointerover", { bubbles: true }));
+    const lights = [lit()];
+    chips[1].focus();
+    lights.push(lit(), all("#read [tabindex='0']").length);
+    key("ArrowDown", document.activeElement);
+    lights.push(lit(), document.activeElement.dataset.code);
+    key("ArrowUp", document.activeElement); key("ArrowUp", document.activeElement);
+    const focus = document.activeElement.textContent;
+    document.activeElement.click();
+    const second = state();
+    $("#later").click();
+    const later = [$("#number").value, text("#read thead th").join("|"), all("script, img").length];
+    location.hash = "#read/0/4";
+    await until(() => $("#number").value === "0");
+    const linked = state();
+    chips.length && all("#read .chip")[0].click();
+    await until(() => !$("#code").hidden);
+    return { there, lights, focus, second, later, linked, code: $("#code h1").textContent };"""
+
+
+def test_a_sequence_is_read_by_pointing_and_by_keys(browse):
+    found = browse(make_data(), READ)
+    assert found["there"]["tokens"] == ["B", "0", "1", "2", "3", "0", "2"]
+    assert found["there"]["cells"] == [
+        ["mlp.0", "state<b>01", "10", "state<b>01", "10+1", "", "state<b>01", "state<b>01+1"],
+        ["mlp.1", "state11", "state11", "2", "", "state11", "", ""],
+    ]
+    assert found["there"]["state"] == ["The state after 2 at position 6", "mlp.0state <b>0110"]
+    assert not found["there"]["wide"]
+    first = [0, 2, 3, 5, 6]  # of 14 cells; a corner stands before them
+    second = [1, 3, 6]
+    assert found["lights"][0] == [i + 1 for i in first]
+    assert found["lights"][1:3] == [[i + 1 for i in second], 1]
+    assert found["lights"][3:] == [[i + 1 for i in (7, 8, 11)], "mlp.1.1"]
+    assert found["focus"] == "0"
+    assert found["second"] == ["The state after 0 at position 1", "mlp.010", "mlp.1state 11"]
+    assert found["later"] == ["1", "|".join([*VOCAB[4:8], "&↵", "1", "1"]), 4]
+    assert found["linked"] == ["The state after 3 at position 4", "mlp.1state 11"]
+    assert found["code"] == "mlp.0.2"
 
 
 def test_an_address_opens_its_code_and_long_contexts_are_cut(browse):
     tokens = [0] * 50 + [1] + [0] * 49
-    data = make_data(vocab=["a", "b"], group=0, length=100, tokens=tokens)
-    data["codes"] = [["mlp.1.527", 1, "b", 1.0, 1.0, [50], []], ["mlp.0.3", 1, "b", 1, 1, [50], []]]
+    data = make_data(vocab=["a", "b"], group=0, length=100, tokens=tokens, states=[])
+    data["codes"] = [["mlp.1.527", 1, ["b", "c"], 1.0, 1.0, [50], *NONE[1:]]]
     script = """
-        const parts = [...$(".context").children, $("#code h1"), ...all("#code a")];
-        return parts.map((part) => part.textContent);"""
+        const parts = [...$(".context").children, $("#code h1"), $("#code a")];
+        return [...parts.map((part) => part.textContent), $("#read").hidden];"""
     context = ["…" + 24 * "a", "b", 12 * "a" + "…", "sequence 0, position 50"]
-    assert browse(data, script, "#mlp.1.527") == [*context, "mlp.1.527", "← all codes", "mlp.0.3"]
+    found = browse(data, script, "#mlp.1.527")
+    assert found == [*context, "mlp.1.527", "← all codes", True]
 
 
-def test_a_hostile_corpus_stays_inert_and_ten_thousand_codes_make_a_small_page(browse, tmp_path):
-    title = "</script><script>window.hacked=1</script>"
-    data = make_data(title=title, about="<!--<script>", tokens=[i % 9 for i in range(70_000)])
-    hostile = [*VOCAB[5:8], 300 * "x"]
-    data["codes"] = [
-        [f"mlp.0.{i}", 1, label, 1.0, 1.0, [10, 11], [[5, 0.5], [6, 0.4]]]
-        for i, label in enumerate(hostile)
-    ]
-    for i in range(10_000 - len(hostile)):
-        places = [i] * 6
-        data["codes"].append(
-            [f"mlp.1.{i}", i, f"state {i % 100:02}", 0.5, 0.9, places, 5 * [[0, 0.1]]]
-        )
-    script = """
+HOSTILE_PAGE = """
+        const list = () => until(() => !$("#run").hidden);
+        const names = () => text("#list tbody a");
         const rows = [names().length];
         const broad = [wide()];
-        const labels = text("#codes td:nth-child(4)").slice(0, 4);
+        const labels = text("#list .group th").slice(0, 4);
         const tags = [all("img").length, all("body script").length];
         await open("mlp.0.1");
         await new Promise((next) => setTimeout(next, 200));
         broad.push(wide());
         tags.push(all("img").length);
         const code = $("#code").textContent;
-        press("Escape"); await list();
+        key("Escape"); await list();
         $("#more").click(); rows.push(names().length);
-        type("mlp.1.4999"); rows.push(names().length);
-        await open("mlp.1.4999"); press("Escape"); await list(); rows.push(names().join());
-        type(""); rows.push(names().length);
+        type("#search", "mlp.1.4999"); rows.push(names().length);
+        await open("mlp.1.4999"); key("Escape"); await list(); rows.push(names().join());
+        type("#search", ""); rows.push(names().length, all("#list .group").length);
+        const group = all("#list tbody")[4];
+        rows.push(group.querySelector("button").textContent);
+        group.querySelector("button").click();
+        rows.push(group.querySelectorAll("a").length, group.querySelectorAll("button").length);
+        rows.push([...group.querySelectorAll("a")].indexOf(document.activeElement));
+        location.hash = "#read/1/4";
+        await until(() => $("#number").value === "1");
+        broad.push(wide());
+        tags.push(all("img").length);
+        const injected = document.createElement("script");
+        injected.textContent = "window.hacked = 2";
+        document.head.append(injected);
+        await until(() => errors.length);
+        const blocked = errors.splice(0);
         const hacked = window.hacked ?? null;
-        return { rows, broad, labels, tags, code, hacked, title: $("h1").textContent };"""
-    found = browse(data, script)
-    assert found["labels"] == hostile
-    assert found["tags"] == [0, 3, 0]
-    assert found["broad"] == [False, False]
+        return { blocked, rows, broad, labels, tags, code, hacked, title: $("h1").textContent };"""
+
+
+def test_a_hostile_corpus_stays_inert_and_ten_thousand_codes_make_a_small_page(browse, tmp_path):
+    title = "</script><script>window.hacked=1</script>"
+    data = make_data(title=title, about="<!--<script>", tokens=[i % 9 for i in range(70_000)])
+    hostile = [*VOCAB[5:8], 300 * "x"]
+    near = [[[5, 0.5, 0.25, 2], [6, 0.4, 0.1, 4]], [], []]
+    data["codes"] = [
+        [f"mlp.0.{i}", 9, ["", label], 1.0, 1.0, [10, 11], [8], [9], *near]
+        for i, label in enumerate(hostile)
+    ]
+    data["states"] = [[[0, 1, 2, 3]] * 7] * 2
+    for i in range(10_000 - len(hostile)):
+        words = ["state", f"{i % 100:02}"]
+        rest = [20 * [i], 5 * [i], 5 * [i], 8 * [[0, 0.1234, 0.0567, 2.176]], *2 * [5 * [[i, 0.5]]]]
+        data["codes"].append([f"mlp.1.{i}", i + 1, words, 0.5, 0.9, *rest])
+    found = browse(data, HOSTILE_PAGE)
+    assert found["labels"] == [f" {label}" for label in hostile]
+    assert found["tags"] == [0, 3, 0, 0]
+    assert found["broad"] == [False, False, False]
     assert found["hacked"] is None
+    assert found["blocked"] == ["inline"]
     assert found["title"] == title
     assert all(word in found["code"] for word in VOCAB[5:7])
-    assert found["rows"] == [100, 200, 1, "mlp.1.4999", 100]
+    shown = 4 + 3 * 36  # of each state three, in 40 groups
+    assert found["rows"][:4] == [shown, shown + 3 * 40, 1, "mlp.1.4999"]
+    assert found["rows"][4:] == [shown, 40, "97 more", 100, 0, 3]
     assert (tmp_path / "report.html").stat().st_size < 10e6
 
 
-def test_the_page_asks_for_nothing_else(tmp_path):
+def test_the_page_asks_for_nothing_else_and_runs_no_other_script(tmp_path):
     write_report(tmp_path / "report.html", make_data(vocab=list("abcdefghi"), codes=[], figures=[]))
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "default-src 'none'" in page
-    assert "http-equiv" in page
-    assert not re.search(r"https?:|\b(src|action)=|href=\W*\w|@import|url\(|fetch\(", page)
+    policy = re.search('http-equiv="Content-Security-Policy" content="(.*)"', page)[1]
+    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    assert rules.keys() == {"default-src", "style-src", "script-src"}
+    assert rules["default-src"] == "'none'"
+    script = re.search("<script>(.*?)</script>", page, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert rules["script-src"] == f"'sha256-{digest}'"
+    outside = r'https?:|\b(src|action)=|href="[^#]|@import|url\(|fetch\(|{{'
+    assert not re.search(outside, page)
+    assert not re.search(r"<[^>]* on\w+=", page.split("<script")[0])
     assert list(tmp_path.iterdir()) == [tmp_path / "report.html"]

@@ -57,7 +57,8 @@ def test_every_file_is_in_the_wheel(unpacked):
     assert files(ROOT / "csrc") == files(package / "csrc")
     inside = files(package)
     assert files(ROOT / "minicode") <= inside
-    assert {"csrc/topk.h", "language/stories.txt", "study/report.html"} <= inside
+    assert {"csrc/topk.h", "language/stories.txt"} <= inside
+    assert {"study/report.html", "study/network.js"} <= inside
 
 
 RUN = """

@@ -28,9 +28,7 @@ def demonstrate(run, args):
     room = run.config.block_size + 1 - length
     n_new = max(fsm.digits, args.max_new_tokens or min(6 * fsm.digits, room))
     a = fsm.decode(prompt[0, 1:])[-1]
-    follows = fsm.transition_matrix > 0
-    shared = follows[a] @ follows.T  # whether a state has a successor in common with a
-    b = rng.choice(np.flatnonzero(shared == shared.min()))
+    b = far_state(fsm, a, rng)
 
     generator = torch.Generator().manual_seed(args.seed)
     how = args.temperature, args.top_k
@@ -49,6 +47,13 @@ def demonstrate(run, args):
         "forced": [f"{own.names[number]}@{length - 1}" for number in own.fired[-1]],
         **controls(run, generator, args.seed),
     }
+
+
+def far_state(fsm, a, rng):
+    """One of the states that have no successor in common with a, if there are any."""
+    follows = fsm.transition_matrix > 0
+    shared = follows[a] @ follows.T  # whether a state has
+    return rng.choice(np.flatnonzero(shared == shared.min()))
 
 
 def controls(run, generator, seed):

@@ -62,10 +62,10 @@ class Recording:
         parts = torch.from_numpy(self.count).split(sizes)
         return {site: part.view_as(books[site].usage) for site, part in zip(books, parts)}
 
-    def places(self, number, most):
-        """Up to `most` positions at which a code fires, evenly spread over the recording."""
-        at = self.where[number]
-        return at[np.linspace(0, len(at) - 1, min(most, len(at))).astype(int)]
+
+def spread(places, most):
+    """Up to `most` of some places, evenly spread over them."""
+    return places[np.linspace(0, len(places) - 1, min(most, len(places))).astype(int)]
 
 
 def held_out(run):
@@ -153,6 +153,12 @@ def best_labels(recording, kinds):
                 best[code] = (kind, name, *measures)
             highest = np.maximum(highest, found.f1)
     return best
+
+
+def by_merit(recording, labels):
+    """The numbers of all codes: those of the highest F1 first; of equals, which fire the most."""
+    f1 = [round(label[-1], 2) if label else 0 for label in labels]
+    return np.lexsort((-recording.count, -np.array(f1)))
 
 
 def matches(texts, pattern):
@@ -262,8 +268,8 @@ def codes_against_neurons(run, recording, kinds, n_positions=2**15):
 def forced_distributions(recording, numbers, n_contexts=16):
     """What comes next when codes are forced, one at a time, at the end of a context.
 
-    {number: probabilities (vocab_size)}, averaged over contexts; and those when nothing is forced,
-    averaged over the same. The contexts are the starts of other sequences, cut at a position at
+    {number: probabilities (vocab_size)}, averaged over contexts; and {number: those when nothing is
+    forced}, over the same. The contexts are the starts of other sequences, cut at a position at
     which the code fires somewhere.
     """
     model = recording.model
@@ -276,18 +282,24 @@ def forced_distributions(recording, numbers, n_contexts=16):
         return logits[:, -1].float().softmax(-1).mean(0).cpu().numpy()
 
     left_alone = cache(after)
-    free = []
+    free = {}
     forced = {}
     for number in tqdm(numbers, desc="forcing codes", leave=False, disable=None):
         at = recording.where[number] % length
         last = at[at >= 3].min(initial=length - 1)
-        free.append(left_alone(last))
+        free[number] = left_alone(last)
         with force(model, str(recording.names[number]), last):
             forced[number] = after(last)
-    return forced, np.mean(free, axis=0)
+    return forced, free
 
 
 # -- the seed question
+
+
+def overlap(at, fired, count):
+    """Intersection over union of some positions with those at which each code fires: (codes)."""
+    both = np.bincount(fired[at].ravel(), minlength=len(count) + 1)[:-1]
+    return both / (len(at) + count - both)
 
 
 def agreement(one, other, generator):
@@ -299,11 +311,7 @@ def agreement(one, other, generator):
     """
 
     def mean_best(fired):
-        best = []
-        for at in one.where:
-            if len(at):
-                both = np.bincount(fired[at].ravel(), minlength=len(other.names) + 1)[:-1]
-                best.append((both / (len(at) + other.count - both)).max())
+        best = [overlap(at, fired, other.count).max() for at in one.where if len(at)]
         return float(np.mean(best))
 
     shuffled = generator.permutation(other.fired)

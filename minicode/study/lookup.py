@@ -12,9 +12,20 @@ from minicode.study.detectors import (
     forced_distributions,
     matches,
     record_codes,
+    spread,
 )
 
 FITS = 0.5  # the least F1 at which a label is said to fit a code
+
+
+def two_lines(kind, name):
+    """A label in two short lines, such as "state 64" and "then 2"."""
+    first, _, rest = name.partition(" ")
+    if kind == "trigram":
+        return f"state {first}", f"then {rest}"
+    if kind == "digit before":
+        return f"{first} before,", rest.removeprefix("at ")
+    return kind, name
 
 
 def search(run, recording, regex, precision=0.5, recall=0.1):
@@ -62,7 +73,7 @@ def look_up(run, recording, kinds, code):
     kind, name, precision, recall, f1 = best_labels(recording, kinds)[number] or nothing
     texts = run.data.texts(recording.tokens)
     contexts = []
-    for place in recording.places(number, 20):
+    for place in spread(recording.where[number], 20):
         row, at = divmod(int(place), recording.tokens.shape[1])
         before = "".join(texts[row][max(0, at - 8) : at])
         after = "".join(texts[row][at + 1 : at + 9])

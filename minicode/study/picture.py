@@ -8,7 +8,7 @@ import torch
 from minicode.runtime.files import write
 from minicode.study.detectors import best_labels, record_codes
 from minicode.study.figures import Drawing
-from minicode.study.lookup import FITS
+from minicode.study.lookup import FITS, two_lines
 from minicode.study.machine import copy_codes, steer
 
 # in pixels
@@ -107,10 +107,15 @@ class Sheet(Drawing):
             for row, number in enumerate(recording.fired[position, self.columns]):
                 self.cell(x, y + 44 + ROW * row, number, forced)
         new = fsm.decode(tokens[self.given : self.given + fsm.digits])[0]
+        self.text(0, y + PANEL - 44, self.verdict(state, new))
+
+    def verdict(self, state, new):
+        """Whether a state is right where another is followed."""
+        fsm = self.fsm
         may = " ".join(map(fsm.name, fsm.successors[state][:10]))
         right = "right" if new in fsm.successors[state] else "wrong"
         follow = f"{fsm.name(state)} may be followed by {may}"
-        self.text(0, y + PANEL - 44, f"{follow}. The network went on to {fsm.name(new)}: {right}.")
+        return f"{follow}. The network went on to {fsm.name(new)}: {right}."
 
     def name(self, y, site, head):
         """Where a row's codes are, in two lines."""
@@ -121,10 +126,7 @@ class Sheet(Drawing):
     def cell(self, x, y, number, forced):
         """What a code stands for, in two lines; empty where no label fits."""
         kind, name, *_ = self.labels.get(number, ("", ""))
-        if kind == "trigram":
-            state, digit = name.split()
-            kind = f"state {state}"
-            name = f"then {digit}"
+        kind, name = two_lines(kind, name)
         color = "tint" if name else "bare"
         ink = "ink"
         if forced:

@@ -7,7 +7,14 @@ import numpy as np
 from minicode.language import steering
 from minicode.runtime.files import write
 from minicode.study import figures
-from minicode.study.detectors import best_labels, codes_against_neurons, detect, purity, usage
+from minicode.study.detectors import (
+    best_labels,
+    by_merit,
+    codes_against_neurons,
+    detect,
+    purity,
+    usage,
+)
 from minicode.study.machine import control_study
 from minicode.study.page import page, write_report
 
@@ -55,8 +62,10 @@ def study(run, recording, kinds, topics, budget, folder):
     if topics:
         result["steering"] = steering.steering_table(run, topics, budget)
     drawn = draw(result, points)
+    shown = {name: figure for name, figure in drawn.items() if tells(name, points)}
     write(run.folder / "interpret.json", json.dumps(result, indent=1))
-    write_report(run.folder / "report.html", page(run, recording, labels, measures(result), drawn))
+    data = page(run, recording, kinds, labels, result, shown)
+    write_report(run.folder / "report.html", {**data, "measures": measures(result)})
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
         for name, (svg, _) in drawn.items():
@@ -64,16 +73,17 @@ def study(run, recording, kinds, topics, budget, folder):
     return result, describe(result, run.folder)
 
 
+def tells(name, points):
+    """Whether a figure says something: not that of the detectors where all are level."""
+    return name != "detectors" or not points or np.ptp([code for _, code, _ in points]) >= 0.1
+
+
 def best_codes(recording, labels):
     """The best code of each label, by F1; of equals, those that fire the most. The first ten."""
-
-    def merit(number):
-        return round(labels[number][-1], 2), recording.count[number]
-
     best = {}
-    labelled = [number for number, label in enumerate(labels) if label]
-    for number in sorted(labelled, key=merit, reverse=True):
-        best.setdefault(labels[number][:2], number)
+    for number in by_merit(recording, labels):
+        if labels[number]:
+            best.setdefault(labels[number][:2], number)
     keys = ("code", "kind", "label", "precision", "recall", "f1")
     first = [*best.values()][:10]
     return [dict(zip(keys, (str(recording.names[number]), *labels[number]))) for number in first]
