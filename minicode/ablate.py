@@ -14,7 +14,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import torch
 
 from minicode.codebook import Codebook
@@ -22,6 +21,7 @@ from minicode.runtime.files import write
 from minicode.runtime.options import Parser
 from minicode.runtime.runs import load_run
 from minicode.runtime.streams import outlive
+from minicode.study import tables
 from minicode.study.demonstration import controls
 from minicode.study.ideas import REPLACED, TABLES
 from minicode.train_fsm import main as train_fsm
@@ -74,25 +74,18 @@ def make_parser():
 
 def head(table):
     """The first lines of a table."""
-    names = ["idea", *(name.replace("_", " ") for name in table.columns)]
-    if table.theirs:
-        names.append("the paper's")
-    return [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    theirs = ["the paper's"] if table.theirs else []
+    return tables.head(["idea", *table.columns, *theirs])
 
 
 def row(table, idea, results):
     """A row of the table: mean, lowest and highest of each figure."""
     flags = table.rows[idea]
     cells = [f"{idea} `{flags}`" if flags else idea]
-    for name in table.columns:
-        values = [result[name] for result in results if name in result]
-        cell = "-"
-        if values:
-            cell = f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-        cells.append(cell)
+    cells += [tables.cell(results, name) for name in table.columns]
     if table.theirs:
         cells.append(table.theirs.get(idea, "-"))
-    return f"| {' | '.join(cells)} |"
+    return tables.line(cells)
 
 
 def result(table, idea, folder, flags):

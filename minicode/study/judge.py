@@ -21,6 +21,7 @@ from minicode.study.machine import add_mean_difference, control, draw_pairs
 
 LABELS = ("state", "trigram")  # what features are to detect
 N_PAIRS = 1000  # of states, by which control is measured
+DETECTION = ("precision", "recall", "at_95")
 
 
 def held_out(twin, *key):
@@ -36,11 +37,15 @@ def judge(model, twin, choose, other=None):
     tokens, kinds = held_out(twin, 0, 3)
     features = Features(model, tokens, choose)
     pairs = [*zip(features.where, features.strength)]
+
+    def best(kind):
+        return best_features(pairs, *kinds[kind])
+
     figures = {
         "error": unexplained(model, tokens[:64], choose),
         **losses(model, twin.model, tokens),
         **features.figures(),
-        **detection(kinds, lambda kind: best_features(pairs, *kinds[kind])),
+        **detection(kinds, best),
         **steering(twin, partial(control_of, twin.fsm, model, choose)),
     }
     if choose is not as_it_is:
@@ -56,9 +61,9 @@ def detection(kinds, best):
     for kind, (labels, _) in kinds.items():
         there = np.unique(labels[labels >= 0])
         precision, recall, _, both = best(kind)[:, there]
-        figures[f"{kind}_precision"] = precision.mean()
-        figures[f"{kind}_recall"] = recall.mean()
-        figures[f"{kind}_at_95"] = (both >= 0.95).mean()
+        means = precision.mean(), recall.mean(), (both >= 0.95).mean()
+        for name, mean in zip(DETECTION, means):
+            figures[f"{kind}_{name}"] = mean
     return figures
 
 

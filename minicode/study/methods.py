@@ -4,13 +4,16 @@ As large as the default's codebooks, with the same k; what is trained sees the t
 are trained on.
 """
 
+import copy
+import time
 from dataclasses import replace
 from functools import partial
 
 import torch
 
+from minicode.runtime.files import read_tensors, write_tensors
 from minicode.study import sparse
-from minicode.study.features import activations, sites
+from minicode.study.features import activations, as_it_is, put, sites
 from minicode.train import batch
 
 
@@ -73,3 +76,25 @@ READ = {  # a dense model, which they leave as it is: how their modules are made
     "k-means": (codebooks_for, k_means),
     "random codes": (codebooks_for, random_codes),
 }
+
+
+def read(run, method, k, path):
+    """The run's model with a method's modules at its sites: those in a file, or trained and kept.
+
+    Returns the model, what its sites pass on, and for how many seconds the modules were trained.
+    """
+    make, learn = READ[method]
+    modules = make(run, k)
+    model = copy.deepcopy(run.model)
+    if path.exists():
+        put(model, modules)
+        saved = read_tensors(path)
+        seconds = saved.pop("seconds").item()
+        model.load_state_dict(saved)
+    else:
+        began = time.monotonic()
+        learn(run, modules)
+        seconds = time.monotonic() - began
+        put(model, modules)
+        write_tensors(path, {"seconds": torch.tensor(seconds), **model.state_dict()})
+    return model, as_it_is, seconds

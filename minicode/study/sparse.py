@@ -34,9 +34,9 @@ class SparseAutoencoder(nn.Module):
     def __init__(self, rule, n_codes, dim, k, groups=1):
         super().__init__()
         self.rule = rule
+        self.n_codes = n_codes
         self.k = k
         self.groups = groups
-        self.n_codes = n_codes
         features = F.normalize(torch.randn(groups, n_codes, dim), dim=-1)
         self.decoder = nn.Parameter(features)  # D, (G, C, d)
         self.encoder = nn.Parameter(features.clone())  # W
@@ -45,46 +45,56 @@ class SparseAutoencoder(nn.Module):
         self.register_buffer("idle", torch.zeros(groups, n_codes))
 
     def forward(self, x):
-        a = x.unflatten(-1, self.bias.shape) - self.bias
-        self.ids, scores = self.search(a)  # (..., G, K)
-        self.strengths = self.choose(scores)
-        return (self.bias + self.sum_features(self.ids, self.strengths)).flatten(-2)
+        a = self.centred(x)
+        self.ids = self.search(a)
+        self.strengths = self.choose(self.scores(a, self.ids))
+        q = self.bias + self.sum_features(self.ids, self.strengths)
+        return q.flatten(-2)
+
+    def centred(self, x):
+        """x (..., groups * dim) less the bias: (..., G, d)."""
+        return x.unflatten(-1, self.bias.shape) - self.bias
 
     def search(self, a):
-        """The features that may be chosen for a (..., G, d): ids and scores (..., G, K)."""
+        """Ids (..., G, K) of the features that may be chosen for a (..., G, d)."""
         table = self.encoder
+        most = self.k
         if self.rule == "abstopk":
-            table = torch.cat((table, -table), dim=1)  # the negative ones: a feature's other end
-        most = self.k * SPREAD if self.rule == "batchtopk" else self.k
-        most = min(most, self.n_codes)
-        ids = topk_codes(a, table, most, "dot")[1] % self.n_codes
-        return ids, self.scores(a, ids)
+            table = torch.cat((table, -table), dim=1)  # with each feature's other end
+        elif self.rule == "batchtopk":
+            most = min(SPREAD * self.k, self.n_codes)
+        _, ids = topk_codes(a, table, most, "dot")
+        return ids % self.n_codes
 
     def scores(self, a, ids):
-        return (F.embedding(self.rows(ids), self.encoder.flatten(0, 1)) @ a.unsqueeze(-1)).squeeze(
-            -1
-        )
+        """Of features ids (..., G, K) for a (..., G, d)."""
+        rows = F.embedding(self.rows(ids), self.encoder.flatten(0, 1))
+        return (rows @ a.unsqueeze(-1)).squeeze(-1)
 
     def choose(self, scores):
         """Strengths (..., G, K), from the scores of what may be chosen."""
         if self.rule == "abstopk":
             return scores
-        least = 0
-        if self.rule == "batchtopk":
-            if self.training:
-                every = scores.detach().flatten(0, -3).transpose(0, 1).flatten(1)  # (G, N * K)
-                lowest = every.topk(every.shape[1] * self.k // scores.shape[-1]).values[:, -1]
-                self.threshold.lerp_(lowest, 0.01)
-            least = (lowest if self.training else self.threshold).unsqueeze(-1)
-        return scores.where(scores >= least, 0).relu()
+        if self.rule == "topk":
+            return scores.relu()
+        least = self.threshold
+        if self.training:
+            least = self.lowest_of_batch(scores.detach())
+            self.threshold.lerp_(least, 0.01)
+        return scores.where(scores >= least.unsqueeze(-1), 0).relu()
+
+    def lowest_of_batch(self, scores):
+        """The lowest score that is chosen of scores (..., G, K), by group: (G,)."""
+        every = scores.flatten(0, -3).transpose(0, 1).flatten(1)  # (G, N * K)
+        n_chosen = every.shape[1] * self.k // scores.shape[-1]
+        return every.topk(n_chosen).values[:, -1]
 
     def sum_features(self, ids, strengths):
         """z D (..., G, d)."""
         rows = self.rows(ids).flatten(0, -2)
         weights = strengths.flatten(0, -2)
-        q = F.embedding_bag(
-            rows, self.decoder.flatten(0, 1), mode="sum", per_sample_weights=weights
-        )
+        table = self.decoder.flatten(0, 1)
+        q = F.embedding_bag(rows, table, mode="sum", per_sample_weights=weights)
         return q.view(*ids.shape[:-1], -1)
 
     def rows(self, ids):
@@ -98,33 +108,46 @@ class SparseAutoencoder(nn.Module):
         spread = (x - x.flatten(0, -2).mean(0)).square().sum()
         loss = left.square().sum() / spread
         self.idle += 1
-        self.idle.view(-1)[self.rows(self.ids)[self.strengths != 0]] = 0
-        dead = (self.idle > IDLE).unsqueeze(-1)  # (G, C, 1)
+        fired = self.rows(self.ids)[self.strengths != 0]
+        self.idle.view(-1)[fired] = 0
+        dead = self.idle > IDLE  # (G, C)
         if dead.any():
-            a = x.unflatten(-1, self.bias.shape) - self.bias
-            ids = topk_codes(a, self.encoder * dead, min(a.shape[-1] // 2, self.n_codes), "dot")[1]
-            strengths = self.scores(a, ids).relu() * dead.flatten()[self.rows(ids)]
-            left = left.detach()
-            rest = (left - self.sum_features(ids, strengths)).square().sum()
-            loss = loss + AUXILIARY * rest / left.square().sum()
+            loss = loss + AUXILIARY * self.rest(x, left.detach(), dead)
         return loss
+
+    def rest(self, x, left, dead):
+        """The share of what is left (..., G, d) that dead features (G, C) don't explain either."""
+        a = self.centred(x)
+        most = min(a.shape[-1] // 2, self.n_codes)
+        _, ids = topk_codes(a, self.encoder * dead.unsqueeze(-1), most, "dot")
+        is_dead = dead.flatten()[self.rows(ids)]
+        strengths = self.scores(a, ids).relu() * is_dead
+        rest = left - self.sum_features(ids, strengths)
+        return rest.square().sum() / left.square().sum()
 
     @torch.no_grad()
     def start(self, x):
-        """Before training: the bias is the mean of x, the features the directions of some of it."""
-        a = x.unflatten(-1, self.bias.shape).flatten(0, -3)  # (N, G, d)
-        self.bias.copy_(a.mean(0))
-        some = (a - self.bias)[torch.randint(len(a), (self.n_codes,))]
-        self.decoder.copy_(F.normalize(some, dim=-1).transpose(0, 1))
+        """Before training: the bias is the mean, features are halfway from some of x to random.
+
+        Of activations alone, sums of two features stay what they are; of random ones more die.
+        """
+        self.bias.copy_(x.flatten(0, -2).mean(0).view_as(self.bias))
+        a = self.centred(x).flatten(0, -3)  # (N, G, d)
+        some = a[torch.randint(len(a), (self.n_codes,))]
+        self.decoder += F.normalize(some, dim=-1).transpose(0, 1)
+        self.decoder.copy_(F.normalize(self.decoder, dim=-1))
         self.encoder.copy_(self.decoder)
 
 
 def train(autoencoders, batches):
     """Trains them, {site: one}, on batches: functions, each of which gives {site: activations}."""
-    parameters = [p for one in autoencoders.values() for p in one.parameters()]
+    parameters = []
+    for one in autoencoders.values():
+        parameters += one.parameters()
     optimizer = torch.optim.Adam(parameters, lr=RATE)
+    (group,) = optimizer.param_groups
     for step, batch in enumerate(tqdm(batches, desc="autoencoders", leave=False, disable=None)):
-        optimizer.param_groups[0]["lr"] = RATE * (1 - step / len(batches))
+        group["lr"] = RATE * (1 - step / len(batches))
         loss = 0
         for site, activations in batch().items():
             if step == 0:
