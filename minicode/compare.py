@@ -74,7 +74,8 @@ def ways(args):
 def make_parser():
     parser = Parser("compare", __doc__)
     flag = parser.add_argument
-    flag("--only", nargs="+", choices=METHODS, metavar="METHOD", help="these (default: all)")
+    there_are = f"these, of {', '.join(METHODS)} (default: all)"
+    flag("--only", nargs="+", choices=METHODS, metavar="METHOD", help=there_are)
     flag("--k", nargs="+", type=int, default=[1, 2, 4, 8], help="of each (default: 1 2 4 8)")
     flag("--seeds", type=int, default=3, help="seeds of each (default: 3)")
     flag("--steps", type=int, default=4000, help="training steps of a network (default: 4000)")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from conftest import SIZE
 from test_train import refusal
 
 from minicode import compare, load_run
-from minicode.study import detectors, judge, machine, sparse
+from minicode.study import detectors, figures, judge, machine, sparse
 from minicode.study.features import (
     Features,
     activations,
@@ -176,6 +177,18 @@ def test_a_network_that_is_read_stays_as_it_is(run, tokens):
     assert same["recovered"] == 1 and same["loss"] == pytest.approx(same["loss_one"])
 
 
+def test_a_line_goes_through_its_points():
+    svg = figures.lines({"a": [(1, 2.0), (2, 4.0)], "b": [(1, 0.0), (2, 1.0)]}, title="two")
+    number = r"(\d+\.\d)"
+    lines = re.findall(rf"M{number} {number}L{number} {number}", svg)
+    (x1, a1, x2, a2), (x3, b1, x4, b2) = [[float(part) for part in line] for line in lines]
+    assert x1 == x3 < x2 == x4
+    assert a2 < a1 < b2 < b1  # the higher, the smaller: pixels count from the top
+    assert b2 - a1 == pytest.approx(b1 - b2) == pytest.approx((a1 - a2) / 2)
+    for text in ("a: 1, 2", "a: 2, 4", "b: 1, 0", "b: 2, 1"):
+        assert f"<title>{text}</title>" in svg
+
+
 # -- the command
 
 ONLY = ["codebooks, pursuit", "TopK", "random codes", "neurons", "mean differences"]
@@ -198,12 +211,12 @@ def test_the_tables_are_of_the_files(small, tmp_path, monkeypatch, capsys):
     for method in ONLY:
         name = compare.name(method, 0 if method in compare.WITHOUT_K else 1)
         files = [tmp_path / f"{name}-{seed}.json" for seed in range(2)]
-        figures = [json.loads(file.read_bytes()) for file in files]
+        results = [json.loads(file.read_bytes()) for file in files]
         of_method = [row for row in tables if row[0].strip().startswith(method)]
         assert len(of_method) == len(COMPARED)
         for columns, row in zip(COMPARED, of_method):
             for column, cell in zip(columns, row[1:]):
-                values = [seed[column] for seed in figures if column in seed]
+                values = [seed[column] for seed in results if column in seed]
                 expected = "-"
                 if values:
                     lowest, highest = min(values), max(values)
