@@ -97,7 +97,7 @@ def figures(args, method, k, seed):
         other = None
         if seed:
             first, _, _ = fitted(args, method, k, 0)
-            other = Features(first, held_out(twin, 0, 3)[0], choose)
+            other = Features(first, held_out(twin)[0], choose)
         found = judge(model, twin, choose, other) | {"seconds": seconds}
     found = {name: float(figure) for name, figure in found.items()}
     write(path, json.dumps(found, indent=1))

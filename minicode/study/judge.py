@@ -24,9 +24,9 @@ N_PAIRS = 1000  # of states, by which control is measured
 DETECTION = ("precision", "recall", "at_95")
 
 
-def held_out(twin, *key):
+def held_out(twin, lot=3):
     """Tokens (n, T), the same for all seeds, and what is known of each: kinds."""
-    rng = np.random.default_rng(key)
+    rng = np.random.default_rng((0, lot))
     tokens, kinds = twin.data.labelled(rng, detectors.N_SEQUENCES, twin.config.block_size)
     found = {kind: (kinds[kind][0].ravel(), len(kinds[kind][1])) for kind in LABELS}
     return torch.from_numpy(tokens), found
@@ -34,7 +34,7 @@ def held_out(twin, *key):
 
 def judge(model, twin, choose, other=None):
     """The figures of a model with features at its sites; other: the Features of seed 0."""
-    tokens, kinds = held_out(twin, 0, 3)
+    tokens, kinds = held_out(twin)
     features = Features(model, tokens, choose)
     pairs = [*zip(features.where, features.strength)]
 
@@ -79,7 +79,7 @@ def steering(twin, control_of):
 
 def neurons(twin):
     """The neurons of the MLPs and the dimensions of the sites, each above or below a threshold."""
-    tokens, kinds = held_out(twin, 0, 3)
+    tokens, kinds = held_out(twin)
     modules = [*sites(twin.model).values(), *twin.model.hidden()]
     parts = [inputs(twin.model, modules, part) for part in tokens.split(16)]
     values = torch.cat(parts).flatten(0, 1).T.numpy()  # (units, N)
@@ -98,9 +98,9 @@ def neurons(twin):
 
 def mean_differences(twin):
     """Of each label a direction: the mean of a site's activations where it is, less that of all."""
-    others, known = held_out(twin, 0, 4)
+    others, known = held_out(twin, lot=4)
     before = activations(twin.model, others)
-    tokens, kinds = held_out(twin, 0, 3)
+    tokens, kinds = held_out(twin)
     after = activations(twin.model, tokens)
     everywhere = np.arange(tokens.numel())
 
