@@ -5,6 +5,7 @@ COMMANDS = {
     "train_text": "trains a language model with codebooks, on stories or on your own text",
     "sample": "samples from a run, and steers it by its codes",
     "interpret": "what the codes of a run stand for, and what they do when they are forced",
+    "compare": "codebooks beside sparse autoencoders, k-means and neurons",
     "ablate": "what was tried, trained and measured, as tables",
     "bench": "times the search, and a training step around it",
     "topk": "says what the search runs on here, and builds it",

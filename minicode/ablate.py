@@ -1,8 +1,8 @@
-"""python -m minicode.ablate [TABLE]: what we tried, over three seeds, as one table.
+"""python -m minicode.ablate [TABLE]: runs over three seeds, as one table.
 
-fsm    ideas on TokFSM (the default)
-text   how k codes are chosen and started, on stories or on a text of your own
-paper  the paper's Table 1
+results   the default, and what its codes stand for and do; language: the same on stories, or --data
+fsm       what we tried, on TokFSM (the default); text: how k codes are chosen and started
+differs   what differs from the paper, one thing at a time; paper: its Table 1
 
 A row is a default with some flags, or with a few lines of it replaced. Stopped, it goes on with the
 run it was at.
@@ -14,14 +14,15 @@ from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import torch
 
 from minicode.codebook import Codebook
+from minicode.interpret import main as interpret
 from minicode.runtime.files import write
 from minicode.runtime.options import Parser
 from minicode.runtime.runs import load_run
 from minicode.runtime.streams import outlive
+from minicode.study import tables
 from minicode.study.demonstration import controls
 from minicode.study.ideas import REPLACED, TABLES
 from minicode.train_fsm import main as train_fsm
@@ -40,10 +41,11 @@ def main(argv=None):
             parser.error(f"there is no idea {idea!r}; there are: {', '.join(table.rows)}")
     if not 1 <= args.seeds <= 1000:
         parser.error("--seeds must be from 1 to 1000")
-    if args.data and args.table != "text":
-        parser.error("--data goes with the table text alone")
+    if args.data and table.command != "train_text":
+        parser.error("--data goes with the tables text and language alone")
     steps = table.steps if args.steps is None else args.steps
     lines = head(table)
+    of_codes = tables.head(["idea", *table.codes])
     for idea in args.only or table.rows:
         results = []
         for seed in range(args.seeds):
@@ -55,7 +57,9 @@ def main(argv=None):
                 flags += ["--data", args.data]
             results.append(result(table, idea, folder, flags))
         lines.append(row(table, idea, results))
-    print("\n".join(lines))
+        cells = [tables.cell(results, name) for name in table.codes]
+        of_codes.append(tables.line([idea, *cells]))
+    print("\n".join(lines + (of_codes if table.codes else [])))
 
 
 def make_parser():
@@ -74,25 +78,18 @@ def make_parser():
 
 def head(table):
     """The first lines of a table."""
-    names = ["idea", *(name.replace("_", " ") for name in table.columns)]
-    if table.theirs:
-        names.append("the paper's")
-    return [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    theirs = ["the paper's"] if table.theirs else []
+    return tables.head(["idea", *table.columns, *theirs])
 
 
 def row(table, idea, results):
     """A row of the table: mean, lowest and highest of each figure."""
     flags = table.rows[idea]
     cells = [f"{idea} `{flags}`" if flags else idea]
-    for name in table.columns:
-        values = [result[name] for result in results if name in result]
-        cell = "-"
-        if values:
-            cell = f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-        cells.append(cell)
+    cells += [tables.cell(results, name) for name in table.columns]
     if table.theirs:
         cells.append(table.theirs.get(idea, "-"))
-    return f"| {' | '.join(cells)} |"
+    return tables.line(cells)
 
 
 def result(table, idea, folder, flags):
@@ -111,8 +108,24 @@ def result(table, idea, folder, flags):
         figures = {"flags": flags, **run.summary}
         if "control_mlp" in table.columns:
             figures |= controls(run, torch.Generator(), seed=0)
+    if table.codes and "sites" in run.summary:
+        interpret(["--run", str(folder)])
+        figures |= flat(json.loads((folder / "interpret.json").read_bytes()))
     write(path, json.dumps(figures))
     return figures
+
+
+def flat(figures, before=""):
+    """Figures {"control": {"all": {"first": 1.0}}} as {"control_all_first": 1.0}."""
+    found = {}
+    for name, value in figures.items():
+        if isinstance(value, list):
+            value = dict(enumerate(value))
+        if isinstance(value, dict):
+            found |= flat(value, f"{before}{name}_")
+        else:
+            found[f"{before}{name}"] = value
+    return found
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The ablations: each idea changes what it says it changes, and leaves the Codebook as it was."""
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from test_train import refusal
 
 from minicode import Codebook, ablate
 from minicode.ablate import main
-from minicode.study import ideas
+from minicode.study import detectors, ideas, study
 
 
 def test_rotation_hands_on_q_and_turns_the_gradient():
@@ -99,12 +101,41 @@ def test_a_table_with_a_method_replaced_is_made_once(tmp_path, monkeypatch, caps
     assert capsys.readouterr().out.splitlines() == [head, rule, row]
 
 
+def test_codes_are_interpreted_in_a_second_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(detectors, "N_SEQUENCES", 16)
+    monkeypatch.setattr(study, "control_study", partial(study.control_study, n_pairs=5))
+    table = replace(ideas.RESULTS, rows={"small": SMALL, "dense": f"{SMALL} --codebooks none"})
+    monkeypatch.setitem(ideas.TABLES, "results", table)
+    main(["results", "--out", str(tmp_path), "--seeds", "2", "--steps", "4"])
+    lines = capsys.readouterr().out.splitlines()[-8:]
+    columns = ["idea", *(name.replace("_", " ") for name in table.codes)]
+    assert lines[4] == f"| {' | '.join(columns)} |"
+    assert lines[7] == "| dense" + len(table.codes) * " | -" + " |"
+    found = []
+    for seed in range(2):
+        folder = tmp_path / "results" / f"small-{seed}"
+        found.append(json.loads((folder / "interpret.json").read_bytes()))
+    precisions = [one["detectors"]["code_precision"] for one in found]
+    controls = [one["control"]["all"]["inside"]["control"] for one in found]
+    cells = lines[6].split(" | ")
+    for name, values in (
+        ("detectors_code_precision", precisions),
+        (
+            "control_all_inside_control",
+            controls,
+        ),
+    ):
+        cell = cells[1 + table.codes.index(name)]
+        mean = sum(values) / 2
+        assert cell == f"{mean:.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
         (["--only", "magic"], "there is no idea 'magic'; there are: the default"),
         (["magic"], "invalid choice: 'magic'"),
-        (["--data", "x.txt"], "--data goes with the table text alone"),
+        (["--data", "x.txt"], "--data goes with the tables text and language alone"),
         (["--seeds", "0"], "must be from 1 to 1000"),
         (["--steps", "0"], "must be at least 1"),
     ],

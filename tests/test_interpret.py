@@ -156,7 +156,9 @@ def test_runs_are_compared_by_their_agreement_alone(interpreted, tmp_path, capsy
     folder = shutil.copytree(interpreted, tmp_path / "fsm")
     (folder / "interpret.json").unlink()
     result = as_json(capsys, "--run", folder, "--compare", tmp_path / "other")
-    assert result.keys() == {"with", "mean_iou", "chance"}
+    shares = {"mean_iou", "chance", "weighted_iou", "weighted_chance"}
+    assert result.keys() == {"with", "labels"} | shares
+    assert result["labels"].keys() == {"state", "trigram", "bigram", "digit"}
     assert result["mean_iou"] > result["chance"]
     assert not (folder / "interpret.json").exists()
     interpret(["--run", str(folder), "--compare", str(tmp_path / "other")])

@@ -13,6 +13,7 @@ from minicode.model import evaluating
 from minicode.study.detectors import (
     Recording,
     agreement,
+    agreement_on,
     best_labels,
     best_neurons,
     codes_against_neurons,
@@ -340,5 +341,18 @@ def test_agreement_by_hand_and_with_oneself():
     # Code 0 at {0, 1}, with 2 at {0, 1, 2}: 2/3. Code 1 at {2, 3, 4}, with 0 at {3, 4}: 2/3.
     # Code 3 at {5}, with 1 at {5}: 1.
     expected = (2 / 3 + 2 / 3 + 1) / 3
-    assert agreement(one, other, np.random.default_rng(0))["mean_iou"] == pytest.approx(expected)
-    assert agreement(one, one, np.random.default_rng(0))["mean_iou"] == 1
+    found = agreement(one, other, np.random.default_rng(0))
+    assert found["mean_iou"] == pytest.approx(expected)
+    weighted = (2 * 2 / 3 + 3 * 2 / 3 + 1 * 1) / 6
+    assert found["weighted_iou"] == pytest.approx(weighted)
+    same = agreement(one, one, np.random.default_rng(0))
+    assert same["mean_iou"] == same["weighted_iou"] == 1
+
+
+def test_agreement_on_labels_is_that_of_their_best_codes():
+    one = by_hand([[0, 0, 1, 1, 1, 3]])
+    other = by_hand([[2, 2, 2, 0, 0, 1]])
+    labels = np.array([[0, 0, -1, -1, 2, 2]])  # 0: codes 0 and 2; 2: codes 3 and 1, both at {5}
+    expected = (2 / 3 + 1) / 2
+    assert agreement_on(one, other, labels, ["a", "b", "c"]) == pytest.approx(expected)
+    assert agreement_on(one, one, labels, ["a", "b", "c"]) == 1

@@ -306,13 +306,32 @@ def agreement(one, other, generator):
     """Do the codes of two runs agree? Of two recordings of the same tokens.
 
     For each code of one, the highest intersection over union of the positions at which it fires
-    with those of a code of the other: the mean over codes; and the same by chance, with the other's
-    positions shuffled.
+    with those of a code of the other: the mean over codes, and weighted by how often they fire; and
+    the same by chance, with the other's positions shuffled.
     """
+    alive = np.flatnonzero(one.count)
 
-    def mean_best(fired):
-        best = [overlap(at, fired, other.count).max() for at in one.where if len(at)]
-        return float(np.mean(best))
+    def best(fired):
+        return np.array([overlap(one.where[code], fired, other.count).max() for code in alive])
 
-    shuffled = generator.permutation(other.fired)
-    return {"mean_iou": mean_best(other.fired), "chance": mean_best(shuffled)}
+    found = best(other.fired)
+    chance = best(generator.permutation(other.fired))
+    weights = one.count[alive]
+    return {
+        "mean_iou": float(found.mean()),
+        "chance": float(chance.mean()),
+        "weighted_iou": float(np.average(found, weights=weights)),
+        "weighted_chance": float(np.average(chance, weights=weights)),
+    }
+
+
+def agreement_on(one, other, labels, names):
+    """The same of the codes that detect a label best, one of each run: the mean over labels."""
+    best = [detect(recording, labels, names).f1.argmax(0) for recording in (one, other)]
+    shares = []
+    for label in np.unique(labels[labels >= 0]):
+        here = one.where[best[0][label]]
+        there = other.where[best[1][label]]
+        both = len(np.intersect1d(here, there))
+        shares.append(both / (len(here) + len(there) - both))
+    return float(np.mean(shares))

@@ -108,18 +108,24 @@ def bars(groups, series, errors=None, **labels):
     return chart.svg()
 
 
-def scatter(points, colors=(), labels=(), diagonal=False, y="", **axes):
-    """Points (x, y) in the colours 0, 1, 2 ...; one with a label is larger than those without.
-
-    diagonal   draws the line on which x = y
-    """
-    left, top, bottom = 54, 30, 354
+def plane(points, top, y="", **axes):
+    """What charts of points (x, y) have: a Drawing, and the Axis across and up."""
+    left, bottom = 54, top + 324
     chart, across = frame([point[0] for point in points], left, top, bottom, **axes)
     up = Axis([point[1] for point in points], bottom, top)
     for value, text in up.ticks.items():
         chart.shape(f"M{left} {up(value):.1f}H{across.end}", "grid")
         chart.text(left - 7, up(value) + 4.5, text, "end")
-    chart.text(0, 16, y)
+    chart.text(0, top - 14, y)
+    return chart, across, up
+
+
+def scatter(points, colors=(), labels=(), diagonal=False, **axes):
+    """Points (x, y) in the colours 0, 1, 2 ...; one with a label is larger than those without.
+
+    diagonal   draws the line on which x = y
+    """
+    chart, across, up = plane(points, 30, **axes)
     if diagonal:
         end = min(across.high, up.high)
         line = f"M{across(0):.1f} {up(0):.1f}L{across(end):.1f} {up(end):.1f}"
@@ -128,4 +134,19 @@ def scatter(points, colors=(), labels=(), diagonal=False, y="", **axes):
         place = f"{across(point[0]):.1f} {up(point[1]):.1f}"
         chart.shape(f"M{place}h0", f"c{(color or 0) % 6}", 12 if label else 5, label)
         chart.text(across(point[0]), up(point[1]) - 9, label, "end", "label")
+    return chart.svg()
+
+
+def lines(series, **axes):
+    """A line through points for each of series {name: [(x, y), ...]}."""
+    points = sum(series.values(), [])
+    chart, across, up = plane(points, 20 * len(series) + 30, **axes)
+    for i, (name, line) in enumerate(series.items()):
+        look = f"c{i % 6}"
+        chart.shape(f"M0 {20 * i + 10}h11", f"{look} flat", 11)
+        chart.text(17, 20 * i + 14, name)
+        places = [f"{across(x):.1f} {up(value):.1f}" for x, value in line]
+        chart.shape("M" + "L".join(places), look, 2)
+        for place, (x, value) in zip(places, line):
+            chart.shape(f"M{place}h0", look, 7, f"{name}: {x:.4g}, {value:.4g}")
     return chart.svg()

@@ -54,6 +54,7 @@ class Table:
     rows: dict  # the flags of each
     columns: tuple = ("loss", "accuracy", "dead_code_fraction")
     theirs: dict = field(default_factory=dict)  # the paper's figures for a row, in a last column
+    codes: tuple = ()  # columns of a second table, from what minicode.interpret finds
 
 
 REPLACED = {  # the methods of Codebook that a row replaces
@@ -125,4 +126,64 @@ PAPER = Table(
         "both, k 128, C 20k": "1.178, 0.4638, 0.9582",
     },
 )
-TABLES = {"fsm": FSM, "text": TEXT, "paper": PAPER}
+RESULTS = Table(
+    "the default on TokFSM and its dense twin, and what the codes stand for and do: half an hour",
+    "train_fsm",
+    4000,
+    {
+        "the default": "",
+        "dense": "--codebooks none",
+        "the paper's method, as long": "--preset paper --n-layer 2 --n-embd 64 --batch-size 16 "
+        "--lr 4e-3",
+    },
+    ("loss", "transition_accuracy", "first_transition_accuracy", "dead_code_fraction", "seconds"),
+    codes=(
+        "detectors_code_precision",
+        "detectors_neuron_precision",
+        "detectors_states_with_code",
+        "purity_trigram_0",
+        "purity_trigram_1",
+        "control_all_first_control",
+        "control_all_inside_control",
+        "control_all_mlp_first_control",
+        "control_random_code_first_control",
+        "control_wrong_state_first_control",
+        "control_none_first_control",
+        "control_mean_difference_first_control",
+    ),
+)
+LANGUAGE = Table(
+    "stories, or --data, and their dense twin, and steering by topics: two hours",
+    "train_text",
+    3000,
+    {"the default": "", "MLPs too": "--codebooks head,mlp", "dense": "--codebooks none"},
+    ("accuracy", "loss", "bits_per_byte", "dead_code_fraction"),
+    codes=tuple(
+        f"steering_mean_{name}"
+        for name in ("before", "after", "random", "logit_bias", "in_data", "perplexity_after")
+    ),
+)
+DIFFERS = Table(
+    "the default on TokFSM with one thing as in the paper: an hour and a half",
+    "train_fsm",
+    4000,
+    {
+        "the default": "",
+        "similarity cosine": "--similarity cosine",
+        "no dense phase": "--dense-share 0",
+        "no commitment": "--commitment 0",
+        "full rate with codebooks": "--codebook-lr 1",
+        "no revival": "--revive-every 0",
+        "revival from the start": "--revive-after 0",
+        "512 codes an MLP": "--n-codes 512",
+    },
+    ("loss", "transition_accuracy", "dead_code_fraction", "control_mlp"),
+)
+TABLES = {
+    "results": RESULTS,
+    "language": LANGUAGE,
+    "fsm": FSM,
+    "text": TEXT,
+    "differs": DIFFERS,
+    "paper": PAPER,
+}

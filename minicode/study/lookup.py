@@ -7,9 +7,11 @@ import numpy as np
 from minicode.notation import Code
 from minicode.study.detectors import (
     agreement,
+    agreement_on,
     best_labels,
     detect_one,
     forced_distributions,
+    held_out,
     matches,
     record_codes,
     spread,
@@ -110,5 +112,13 @@ def compare(run, recording, other):
     other.sites()
     theirs = record_codes(other.model, recording.tokens)
     result = {"with": str(other.folder), **agreement(recording, theirs, np.random.default_rng(0))}
-    about = f"codes against their nearest in {other.folder}: mean intersection over union"
-    return result, f"{about} {result['mean_iou']:.3f} (by chance: {result['chance']:.3f})"
+    text = [
+        f"codes against their nearest in {other.folder}: mean intersection over union "
+        f"{result['mean_iou']:.3f} (by chance: {result['chance']:.3f}); weighted by how often they "
+        f"fire {result['weighted_iou']:.3f} ({result['weighted_chance']:.3f})"
+    ]
+    result["labels"] = {}
+    for kind, (labels, names) in held_out(run)[1].items():
+        shared = result["labels"][kind] = agreement_on(recording, theirs, labels, names)
+        text.append(f"of label {kind}, the two codes that detect it best: {shared:.3f}")
+    return result, "\n".join(text)

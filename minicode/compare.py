@@ -1,0 +1,137 @@
+"""python -m minicode.compare: codebooks beside what else would be used, on TokFSM, as tables.
+
+At the same sites (every head, every MLP), as wide, with the same k, trained on the same tokens.
+Codebooks are trained into a network; all else reads its dense twin, and leaves that as it is:
+TopK (Gao et al. 2024), AbsTopK (Zhu et al. 2025), BatchTopK (Bussmann et al. 2024), k-means (as
+codebooks start), random codes (the floor), neurons, and, with labels, mean differences.
+
+error         sum |a - q|² / sum |a - mean(a)|² (sparsify: FVU), the mean over sites
+loss          cross-entropy a token with every site replaced; one: with one, the mean; zero: with
+              sites that give nothing; recovered: (zero - loss) / (zero - twin's) (SAEBench)
+chosen, dead  features a token; the share that never fire on held-out tokens
+seconds       of training; of codebooks, of the whole network
+state, trigram  precision and recall of the best feature for a state, or for a state and a digit,
+              from that strength on of which F1 is highest (paper, section 4.2; codes have none); at
+              95: the share with a feature of which both are 0.95 or more
+control       the share of next states that follow b, as all sites get the features that they have
+              in b's run (study/machine.py): at the first state, and inside a sequence
+mean iou      of a feature and the best of seed 0, by where they fire; and by chance
+
+Each row is written as it ends. Stopped, the command goes on with the row it was at.
+"""
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from minicode.model import GPTConfig
+from minicode.runtime.arguments import check_range
+from minicode.runtime.files import write
+from minicode.runtime.options import Parser
+from minicode.runtime.runs import load_run
+from minicode.runtime.streams import outlive
+from minicode.study.features import Features, replaced
+from minicode.study.judge import held_out, judge, mean_differences, neurons
+from minicode.study.methods import READ, read
+from minicode.study.tables import COMPARED, draw, table
+from minicode.train_fsm import main as train_fsm
+
+CODEBOOKS = {"codebooks, pursuit": "pursuit", "codebooks, nearest": "nearest"}
+WITHOUT_K = {"neurons": neurons, "mean differences": mean_differences}
+METHODS = (*CODEBOOKS, *READ, *WITHOUT_K)
+MACHINE = ""  # flags of all networks
+
+
+@outlive()
+def main(argv=None):
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    with parser.user_errors():
+        check_range("--seeds", args.seeds, least=1, below=1001)
+        for k in args.k:
+            check_range("--k", k, least=1, below=GPTConfig.n_codes_head + 1)
+        rows = {}
+        for seed in range(args.seeds):
+            for row in ways(args):
+                rows.setdefault(row, []).append(figures(args, *row, seed))
+    for columns in COMPARED:
+        print(table(columns, rows))
+    if args.figures:
+        draw(rows, args.figures)
+
+
+def ways(args):
+    """The rows: (method, k), where there is a k."""
+    for method in args.only or METHODS:
+        for k in [None] if method in WITHOUT_K else args.k:
+            if (method, k) != ("codebooks, nearest", 1):  # which is pursuit
+                yield method, k
+
+
+def make_parser():
+    parser = Parser("compare", __doc__)
+    flag = parser.add_argument
+    there_are = f"these, of {', '.join(METHODS)} (default: all)"
+    flag("--only", nargs="+", choices=METHODS, metavar="METHOD", help=there_are)
+    flag("--k", nargs="+", type=int, default=[1, 2, 4, 8], help="of each (default: 1 2 4 8)")
+    flag("--seeds", type=int, default=3, help="seeds of each (default: 3)")
+    flag("--steps", type=int, default=4000, help="training steps of a network (default: 4000)")
+    flag("--out", type=Path, default=Path("runs/compare"), help="folder (default: runs/compare)")
+    flag("--figures", type=Path, metavar="FOLDER", help="write the figures there, as SVG")
+    return parser
+
+
+def figures(args, method, k, seed):
+    """A row's figures: those in its file, or they are made and written there."""
+    twin = network(args.out, args.steps, seed, "dense", "--codebooks none")
+    path = args.out / f"{name(method, k)}-{seed}.json"
+    if path.exists():
+        return json.loads(path.read_bytes())
+    if method in WITHOUT_K:
+        found = WITHOUT_K[method](twin)
+    else:
+        model, choose, seconds = fitted(args, method, k, seed)
+        other = None
+        if seed:
+            first, _, _ = fitted(args, method, k, 0)
+            other = Features(first, held_out(twin)[0], choose)
+        found = judge(model, twin, choose, other) | {"seconds": seconds}
+    found = {name: float(figure) for name, figure in found.items()}
+    write(path, json.dumps(found, indent=1))
+    return found
+
+
+def name(method, k):
+    """Of a method's files."""
+    return "-".join(re.findall(r"\w+", f"{method} {k or ''}"))
+
+
+def fitted(args, method, k, seed):
+    """A model with features, what its sites pass on, and how many seconds it was trained."""
+    if method in CODEBOOKS:
+        flags = f"--k {k} --selection {CODEBOOKS[method]}"
+        run = network(args.out, args.steps, seed, name(method, k), flags)
+        return run.model, replaced, run.summary["seconds"]
+    twin = network(args.out, args.steps, seed, "dense", "--codebooks none")
+    torch.manual_seed(seed)
+    return read(twin, method, k, args.out / f"{name(method, k)}-{seed}.pt")
+
+
+@cache
+def network(out, steps, seed, name, flags):
+    """A run of train_fsm, which is trained unless it was."""
+    folder = out / f"{name}-{seed}"
+    flags = f"--seed {seed} --steps {steps} {MACHINE} {flags}".split()
+    if (folder / "config.json").exists():
+        flags.append("--resume")
+    status = train_fsm(["--out", str(folder), *flags])
+    if status:
+        raise SystemExit(status)
+    return load_run(folder)
+
+
+if __name__ == "__main__":
+    main()
