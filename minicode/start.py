@@ -67,6 +67,31 @@ class CodesFromData:
         processes.take_from_first(self)
 
     @torch.no_grad()
+    def merge(self, near=0.25):
+        """At the end of training, for k = 1: near-copies of a code become copies of it.
+
+        Two codes that share what they stand for both have half of its recall. A code becomes a copy
+        of the one nearest to it, if that was chosen more often, and is nearer than a quarter of
+        what such distances are (their median). Of copies the search takes one: the lowest id.
+        """
+        for codes, usage in zip(self.codes, self.usage):
+            used = usage.nonzero().flatten()
+            if self.k > 1 or len(used) < 2:
+                continue
+            own = codes[used]
+            here = torch.arange(len(used), device=used.device)
+            _, ids = topk_codes(own, own, 2, "distance")  # itself, and the nearest
+            nearest = torch.where(ids[:, 0] == here, ids[:, 1], ids[:, 0])
+            distance = (own - own[nearest]).norm(dim=-1)
+            close = distance < near * distance.median()
+            rank = usage[used].argsort(descending=True, stable=True).argsort()
+            target = torch.where(close & (rank[nearest] < rank), nearest, here)
+            while (target != target[target]).any():
+                target = target[target]
+            codes[used] = own[target]
+        processes.take_from_first(self)
+
+    @torch.no_grad()
     def refit(self, hold):
         """Moves the codes by least squares on the last training batch, after the optimizer's step.
 

@@ -186,6 +186,9 @@ def train(session):
                 check_weights(session)
                 for codebook in codebooks(model).values():
                     codebook.revive(session.optimizer, generator=generator)
+            if session.step == config.steps:
+                for codebook in active_codebooks(model).values():
+                    codebook.merge()
             if config.checkpoint_is_due(session.step) or stopped:
                 processes.first(keep, session)
             show(steps_bar, session, loss)

@@ -376,3 +376,31 @@ def test_bad_sizes():
         Codebook(4, 2, selection="best")
     with pytest.raises(ValueError, match="8 codes need as many inputs"):
         Codebook(8, 2).start(torch.randn(7, 2))
+
+
+def test_near_copies_are_merged_and_the_most_frequent_stays():
+    torch.manual_seed(0)
+    book = Codebook(n_codes=12, dim=4, groups=2)
+    apart = 5 * torch.randn(2, 12, 4)
+    codes = apart.clone()
+    codes[0, 3] = codes[0, 1] + 0.01
+    codes[0, 7] = codes[0, 3] + 0.012  # a chain: nearest to 3, which is nearest to 1
+    codes[1, 2] = codes[1, 5] + 0.01
+    codes[1, 9] = codes[1, 8] + 0.01  # never chosen
+    book.codes.data = codes.clone()
+    book.usage[:] = 10
+    book.usage[0, [1, 3, 7]] = torch.tensor([9.0, 30, 8])
+    book.usage[1, [2, 5]] = torch.tensor([1.0, 2])
+    book.usage[1, 9] = 0
+    book.merge()
+    expected = codes.clone()
+    expected[0, [1, 7]] = codes[0, 3]
+    expected[1, 2] = codes[1, 5]
+    assert torch.equal(book.codes, expected)
+    assert book.search(codes[0, 7].expand(1, 2, 4))[0, 0, 0] == 1  # the lowest id of three copies
+
+    sums = Codebook(n_codes=12, dim=4, groups=2, k=2)
+    sums.codes.data = codes.clone()
+    sums.usage[:] = 10
+    sums.merge()
+    assert torch.equal(sums.codes, codes)  # of which a copy could be chosen beside the code
