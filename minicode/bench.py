@@ -33,6 +33,7 @@ SHAPES = [  # groups, N, d, C, k
     (1, 8192, 64, 960, 1),
 ]
 PURSUITS = [(1, 8192, 64, 1024, 8), (4, 8192, 32, 512, 8)]
+STEP_ROUNDS = 21
 STEPS = {"codebooks": {}}  # of train_fsm: what is changed of its default
 TEXT_STEPS = {  # of train_text, where k is 8
     "nearest": {"selection": "nearest"},
@@ -92,7 +93,7 @@ def bench_steps(device, data, preset, cases):
     for name, changes in cases.items():
         steps[f"{name}, PyTorch"] = without_extension(make(changes))
         steps[f"{name}, extension"] = make(changes)
-    times = timed(steps, rounds=21)
+    times = timed(steps, STEP_ROUNDS)
     for time in times.values():
         time["times_dense"] = time["ms"] / times["dense"]["ms"]
     return times

@@ -16,6 +16,7 @@ def small(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "SHAPES", [(2, 80, 4, 300, 2), (1, 1, 4, 300, 3)])
     monkeypatch.setattr(bench, "PURSUITS", [(2, 80, 4, 30, 2)])
+    monkeypatch.setattr(bench, "STEP_ROUNDS", 1)
     monkeypatch.setattr(timing, "SIDE", 64)
 
 

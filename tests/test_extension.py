@@ -317,7 +317,7 @@ def test_built_once_corrupt_ones_again_and_another_torch_apart(
     assert again == binary
     content = binary.read_bytes()
     half = content[: len(content) // 2]
-    one_byte_wrong = content[:5000] + b"x" + content[5001:]
+    one_byte_wrong = content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]
     for damaged in (b"", half, one_byte_wrong):
         binary.write_bytes(damaged)
         _, stderr = load(CXX=compiler)

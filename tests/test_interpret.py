@@ -158,7 +158,8 @@ def test_runs_are_compared_by_their_agreement_alone(interpreted, tmp_path, capsy
     result = as_json(capsys, "--run", folder, "--compare", tmp_path / "other")
     shares = {"mean_iou", "chance", "weighted_iou", "weighted_chance"}
     assert result.keys() == {"with", "labels"} | shares
-    assert result["labels"].keys() == {"state", "trigram", "bigram", "digit"}
+    kinds = {"state", "trigram", "bigram", "digit", "digit before"}
+    assert result["labels"].keys() == kinds
     assert result["mean_iou"] > result["chance"]
     assert not (folder / "interpret.json").exists()
     interpret(["--run", str(folder), "--compare", str(tmp_path / "other")])
