@@ -1,7 +1,9 @@
-// The search on a CPU in float32, in two ways:
-//   tiles   any number of rows: 32 rows side by side in vector registers against 12 codes at a time. A score is
-//           compared with its row's k-th best while it is still in a register; it is never stored.
-//   few     a handful of rows: threads share the codes, which are read once.
+// The search on a CPU: which way a search goes, and the two ways in float32. For many rows, tiles (topk_cpu.h): a panel
+// of rows against all codes, a few at a time; a score is compared with its row's k-th best while it is still in a
+// register, and never stored. For a handful of rows threads share the codes, which are read once. Where there is a coarse
+// pass (topk_coarse.cpp), tiles do what it leaves over. Threads take blocks of rows.
+//
+//     rows  | block | block | ...        block:  panels of R rows   x   240 codes after 240 codes, in tiles of NC
 #include "candidates.h"
 
 #include <numeric>

@@ -136,7 +136,9 @@ def load(tmp_path, monkeypatch, capfd):
     Nothing is loaded twice into a process: the binary that would be is kept in load.binaries.
     """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for name in ("CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDA_HOME", "MINICODE_EXT"):
+    for name in ("CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("MINICODE_EXT", "MINICODE_MARCH"):
         monkeypatch.delenv(name, raising=False)
 
     uncached = extension.load.__wrapped__
@@ -186,6 +188,11 @@ def test_a_compiler_that_fails_and_says_nothing(load, tmp_path):
     script.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
     script.chmod(0o755)
     assert_fallback(load(CXX=script), "the compiler failed: ninja: build stopped")
+
+
+@needs_compiler
+def test_a_cpu_that_the_compiler_does_not_know(load):
+    assert_fallback(load(MINICODE_MARCH="no-such-cpu"), "no-such-cpu")
 
 
 @needs_compiler
@@ -325,12 +332,15 @@ def test_built_once_corrupt_ones_again_and_another_torch_apart(
         assert load.binaries[-1] == binary
         assert len(binary.read_bytes()) == len(content)
 
+    load(CXX=compiler, MINICODE_MARCH="x86-64")
+    assert load.binaries[-1] != binary
+
     monkeypatch.setattr(torch, "__version__", "2.99.0")
     _, stderr = load(CXX=compiler)
     assert "compiling" in stderr
     assert load.binaries[-1] != binary
     assert load(CXX=compiler) == (True, "")
-    assert len(list((tmp_path / "minicode").iterdir())) == 2
+    assert len(list((tmp_path / "minicode").iterdir())) == 3
 
 
 @needs_compiler
