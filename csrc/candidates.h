@@ -71,16 +71,15 @@ struct Candidates {
   // Keeps the k best, of equals the first; returns the k-th score.
   float keep_best(int64_t row) {
     keep_above(row, kth_floor(row));
-    const float* scores = scores_of(row);
+    float* scores = scores_of(row);
     const float least = *std::min_element(scores, scores + sizes[row]);
-    for (int64_t i = sizes[row] - 1; sizes[row] > k; i--)
-      if (scores[i] == least) remove(row, i);
+    int64_t too_many = sizes[row] - k, first = sizes[row];
+    while (too_many > 0) too_many -= scores[--first] == least;
+    int64_t kept = first;  // behind it the least are dropped
+    for (int64_t i = first; i < sizes[row]; i++)
+      if (scores[i] != least) scores[kept] = scores[i], ids_of(row)[kept++] = ids_of(row)[i];
+    sizes[row] = kept;
     return least;
-  }
-  void remove(int64_t row, int64_t i) {
-    std::copy(scores_of(row) + i + 1, scores_of(row) + sizes[row], scores_of(row) + i);
-    std::copy(ids_of(row) + i + 1, ids_of(row) + sizes[row], ids_of(row) + i);
-    sizes[row]--;
   }
   // What the k best scores exceed, and no other, but for those that equal the k-th: by halving the interval in which it
   // lies. No branch depends on a single score.
@@ -130,9 +129,12 @@ struct Candidates {
     for (int64_t i = 0; i < size; i++) best[i] = {-scores_of(row)[i], ids_of(row)[i]};
     std::sort(best.begin(), best.end());
     for (int64_t i = 0; i < size; i++) scores[i] = -best[i].first, ids[i] = best[i].second;
-    for (int64_t i = size, next = 0; i < k; i++, next++) {
-      while (std::find(ids, ids + size, next) != ids + size) next++;
-      scores[i] = -inf, ids[i] = next;
+    std::vector<int64_t> there(size < k ? ids : ids + size, ids + size);
+    std::sort(there.begin(), there.end());
+    auto seen = there.begin();
+    for (int64_t i = size, next = 0; i < k; next++) {
+      if (seen != there.end() && *seen == next) seen++;
+      else scores[i] = -inf, ids[i++] = next;
     }
   }
 };

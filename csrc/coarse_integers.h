@@ -92,15 +92,16 @@ namespace minicode {
 struct Words : InPanels<Words, vi> {
   static constexpr const char* path = "words (VNNI)";
   static constexpr int in_unit = 2, depth_of_tile = W;
-  static constexpr int64_t deepest = 1 << 15;
+  static constexpr int64_t deepest = 1 << 18;
 
   static vi add_product(vi sum, vi rows, int32_t code) {
     return (vi)MINICODE_VNNI(dpwssd)((whole_vector)sum, (whole_vector)rows, (whole_vector)(vi{} + code));
   }
-  // No vector is longer than 46,000 steps, of which two give a product below 2^31.
+  // No vector is longer than 46,000 steps, half a step for each number that was rounded included: two of them give a
+  // product below 2^31.
   static float round(const float* v, int64_t depth, bool, int32_t* units, float* rounded) {
-    const float length = std::sqrt(dot_product(v, v, depth)), largest = largest_of(v, depth);
-    const float step = std::max({length / 46000, largest / 32767, 1e-30f});
+    const float length = std::sqrt(dot_product(v, v, depth)) + underflow(depth), largest = largest_of(v, depth);
+    const float step = std::max({length / (46000 - 0.5f * std::sqrt(float(depth))), largest / 32767, 1e-30f});
     round_to_steps<uint16_t>(v, depth, step, 0, units, rounded);
     return step;
   }

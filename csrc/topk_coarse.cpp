@@ -42,8 +42,8 @@ struct Rounder {
     for (int64_t p = 0; p < depth; p++) lost[p] = exact[p] - rounded[p];
     return {length(whole), length(exact), length(rounded), length(lost)};
   }
-  static float length(const std::vector<float>& v) {  // above the rounding of the sum, and squares that underflow
-    return std::sqrt(dot_product(v.data(), v.data(), v.size())) * 1.0001f + 1e-20f;
+  static float length(const std::vector<float>& v) {  // above the rounding of the sum
+    return std::sqrt(dot_product(v.data(), v.data(), v.size())) * 1.0001f + underflow(v.size());
   }
 };
 
@@ -187,7 +187,7 @@ Coarse coarse_search(const Search& s, const Table& table, const Parallel& parall
   Coarse search;
   if (s.dim <= Bytes::deepest) search = search_in<Bytes>(s, table, parallel);
 #if defined(MINICODE_WORDS)
-  if (!search) search = search_in<Words>(s, table, parallel);
+  if (!search && s.dim <= Words::deepest) search = search_in<Words>(s, table, parallel);
 #endif
   return search;
 }

@@ -103,6 +103,9 @@ inline float dot_product(const float* a, const float* b, int64_t d) {
   return total;
 }
 
+// The length of d numbers whose squares may all underflow, or where denormals are switched off are taken for 0.
+inline float underflow(int64_t d) { return 1.1e-19f * std::sqrt(float(d)); }
+
 // See scale_and_offset in minicode/topk.py. In float32, but for lengths whose squares it can't hold.
 inline void scale_and_offset(const float* code, int64_t d, Similarity similarity, float& scale, float& offset) {
   double square = similarity == dot ? 1 : dot_product(code, code, d);

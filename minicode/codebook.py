@@ -246,11 +246,17 @@ class SumOfRows(torch.autograd.Function):
     As embedding_bag does it, whose gradient takes two to eight times as long: it sorts the numbers.
     """
 
+    generate_vmap_rule = True  # for torch.func
+
     @staticmethod
-    def forward(ctx, table, rows):
+    def forward(table, rows):
+        return F.embedding_bag(rows, table, mode="sum")
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        table, rows = inputs
         ctx.save_for_backward(rows)
         ctx.shape = table.shape
-        return F.embedding_bag(rows, table, mode="sum")
 
     @staticmethod
     def backward(ctx, gradient):

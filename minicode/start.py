@@ -71,24 +71,30 @@ class CodesFromData:
         """At the end of training, for k = 1: near-copies of a code become copies of it.
 
         Two codes that share what they stand for both have half of its recall. A code becomes a copy
-        of the one nearest to it, if that was chosen more often, and is nearer than a quarter of
-        what such distances are (their median). Of copies the search takes one: the lowest id.
+        of the one nearest to it, if that was chosen more often, and so on from that one, if all is
+        nearer than a quarter of what such distances are (the median of those above 0). Of copies
+        the search takes one: the lowest id.
         """
         for codes, usage in zip(self.codes, self.usage):
             used = usage.nonzero().flatten()
             if self.k > 1 or len(used) < 2:
                 continue
             own = codes[used]
+            own = own - own.mean(0)
             here = torch.arange(len(used), device=used.device)
             _, ids = topk_codes(own, own, 2, "distance")  # itself, and the nearest
             nearest = torch.where(ids[:, 0] == here, ids[:, 1], ids[:, 0])
             distance = (own - own[nearest]).norm(dim=-1)
-            close = distance < near * distance.median()
+            apart = distance[distance > 0]
+            limit = near * apart.median()  # NaN if there are none
+            close = distance < limit
             rank = usage[used].argsort(descending=True, stable=True).argsort()
             target = torch.where(close & (rank[nearest] < rank), nearest, here)
             while (target != target[target]).any():
                 target = target[target]
-            codes[used] = own[target]
+            far = (own - own[target]).norm(dim=-1) >= limit
+            target = torch.where(far, here, target)
+            codes[used] = codes[used[target]]
         processes.take_from_first(self)
 
     @torch.no_grad()

@@ -404,3 +404,28 @@ def test_near_copies_are_merged_and_the_most_frequent_stays():
     sums.usage[:] = 10
     sums.merge()
     assert torch.equal(sums.codes, codes)  # of which a copy could be chosen beside the code
+
+
+def test_merging_goes_no_further_than_the_limit():
+    """A row of codes, each near to the next: one does not become a copy of the other end."""
+    apart = 100 * torch.arange(1.0, 41)
+    row = torch.arange(10.0) ** 1.1  # the distances grow
+    book = Codebook(n_codes=50, dim=1)
+    book.codes.data = torch.cat((apart, row)).view(1, 50, 1)
+    book.usage[:] = torch.arange(50, 0, -1.0)
+    before = book.codes.clone()
+    book.merge(0.03)
+    moved = (book.codes - before).abs()
+    assert 0 < moved.max() < 3
+
+
+def test_gradients_by_torch_func():
+    torch.manual_seed(0)
+    book = Codebook(20, 6, k=3, groups=2).eval()
+    x = torch.randn(5, 12)
+
+    def loss(codes):
+        return torch.func.functional_call(book, {"codes": codes}, (x,)).square().sum()
+
+    book(x).square().sum().backward()
+    torch.testing.assert_close(torch.func.grad(loss)(book.codes.detach()), book.codes.grad)

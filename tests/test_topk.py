@@ -281,6 +281,22 @@ def test_inputs_that_sit_on_the_error_bound(make_codes, k):
     same_but_for_rounding(x[None], codes[None], k, "dot", scores[None], ids[None])
 
 
+@pytest.mark.parametrize("dim", [256, 2048])
+def test_squares_that_are_taken_for_0(dim):
+    """Where denormals are switched off, those of numbers near 1e-19."""
+    torch.manual_seed(0)
+    codes = torch.randn(1024, dim)
+    right = torch.randint(1024, (300,))
+    x = 2e-20 * (0.8 * codes[right] + 0.6 * torch.randn(300, dim))
+    try:
+        torch.set_flush_denormal(True)
+        _, ids = topk_codes(x, codes, 1, "dot")
+    finally:
+        torch.set_flush_denormal(False)
+    _, wanted = definition(x[None].double(), codes[None].double(), 1, "dot")
+    assert torch.equal(ids, wanted[0])
+
+
 def test_strided_inputs_and_expanded_ones():
     torch.manual_seed(0)
     x = torch.randn(40, 2, 12, 100)

@@ -23,7 +23,8 @@ def search(x, codes, k, similarity, scale_and_offset, pursuit=False, coarse=True
         kind = SIMILARITIES.index(similarity)
         search_rows = torch.ops.minicode_native.topk
         how = (codes, k, kind, coarse)
-        if pursuit:
+        if pursuit:  # in one part, as the Gram matrix is computed for each
+            x = x.float().contiguous()
             search_rows = torch.ops.minicode_native.pursuit
             how = (codes, k, kind)
         if x.dtype == torch.float32 and x.stride(-1) == 1:  # it is read where it lies
