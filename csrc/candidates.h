@@ -27,8 +27,8 @@ struct Candidates {
   std::vector<std::pair<float, int32_t>> best;  // room to sort the last
 
   Candidates(int64_t n, int64_t k, int64_t most)
-      : k(k), capacity((most + W - 1) / W * W), room(n * capacity / W), ids(n * capacity), sizes(n), full(n, std::min(capacity, 2 * k + 16)),
-        floors((n + R - 1) / R * NV, vf{} + inf), slack(n) {
+      : k(k), capacity(up(most, W)), room(n * capacity / W), ids(n * capacity), sizes(n), full(n, std::min(capacity, 2 * k + 16)),
+        floors(up(n, R) / W, vf{} + inf), slack(n) {
     std::fill_n((float*)floors.data(), n, -inf);
   }
   float& floor(int64_t row) { return ((float*)floors.data())[row]; }
@@ -85,7 +85,7 @@ struct Candidates {
   // lies. No branch depends on a single score.
   float kth_floor(int64_t row) {
     float* scores = scores_of(row);
-    const int64_t n = sizes[row], whole = (n + W - 1) / W * W;
+    const int64_t n = sizes[row], whole = up(n, W);
     std::fill(scores + n, scores + whole, scores[0]);
     vf least = load(scores), most = least;
     for (int64_t i = W; i < whole; i += W) {

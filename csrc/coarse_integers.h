@@ -90,7 +90,6 @@ struct Bytes : InPanels<Bytes, vi, codes_of_bytes> {
 #define MINICODE_WORDS
 namespace minicode {
 struct Words : InPanels<Words, vi> {
-  static constexpr const char* path = "words (VNNI)";
   static constexpr int in_unit = 2, depth_of_tile = W;
   static constexpr int64_t deepest = 1 << 18;
 

@@ -6,8 +6,6 @@
 //
 //     scores of a row      s0 s1 s2 ...    its greatest: code 1
 //   + change by code 1     .. -inf ..      = the scores of what is left, of which the greatest is code 2, ...
-#include <numeric>
-
 #include "topk_cpu.h"
 
 namespace minicode {
@@ -24,14 +22,12 @@ struct Panels {  // the codes of a group, their scales and offsets, filled up wi
   std::vector<vf> codes;              // [width / R][d][R]
   std::vector<vf> scale, offset;      // [width]
 
-  Panels(const Search& s, int64_t g)
-      : d(s.dim), width((s.n_codes + R - 1) / R * R), codes(width * d / W), scale(width / W), offset(width / W, vf{} - inf) {
+  Panels(const Search& s, const Table& table, int64_t g)
+      : d(s.dim), width(up(s.n_codes, R)), codes(width * d / W), scale(width / W), offset(width / W, vf{} - inf) {
     for (int64_t c = 0; c < s.n_codes; c++) {
       const float* code = s.codes + (g * s.n_codes + c) * d;
-      float of_code, plus;
-      scale_and_offset(code, d, s.similarity, of_code, plus);
-      scale[c / W][c % W] = of_code;
-      offset[c / W][c % W] = plus;
+      scale[c / W][c % W] = table.scale[g * s.n_codes + c];
+      offset[c / W][c % W] = table.offset[g * s.n_codes + c];
       for (int64_t p = 0; p < d; p++) ((float*)codes.data())[(c / R * d + p) * R + c % R] = code[p];
     }
   }
@@ -98,8 +94,9 @@ std::vector<vf> change_by_choice(const Search& s, int64_t g, const Panels& panel
 }  // namespace
 
 void pursuit_cpu(const Search& s, const Parallel& parallel) {
+  const Table table(s, parallel);
   for (int64_t g = 0; g < s.n_groups; g++) {
-    const Panels panels(s, g);
+    const Panels panels(s, table, g);
     const std::vector<vf> change = change_by_choice(s, g, panels, parallel);
     const int64_t step = panels.width / W;
     parallel((s.n_rows + NC - 1) / NC, [&](int64_t begin, int64_t end) {

@@ -84,7 +84,6 @@ struct RoundedCodes {  // of one group
       if (scale_of_codes[c] > 0) longest = std::max(longest, lengths[c].whole / scale_of_codes[c]);
     }
   }
-  static int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
   float twice_bound(const Lengths& row) const {
     // In float32 x·c is scaled at last: it may underflow, which adds to the error, or overflow, and nothing is certain.

@@ -26,7 +26,7 @@ void search_rows(const Search& s, const Table& table, int64_t g, const int64_t* 
   Candidates lists(s.k == 1 ? 0 : n, s.k, few_more(s.k));
   for (int64_t start = 0; start < s.n_codes; start += code_block) {
     const int64_t width = std::min(code_block, s.n_codes - start);
-    for (int64_t c = 0; c < (width + NC - 1) / NC * NC; c++)  // packed[c / NC][1 + p][c % NC]
+    for (int64_t c = 0; c < up(width, NC); c++)  // packed[c / NC][1 + p][c % NC]
       for (int64_t p = 0; p < d; p++)
         packed[(c / NC * (d + 1) + 1 + p) * NC + c % NC] = codes[(start + std::min(c, width - 1)) * d + p];
     for (int64_t panel = 0; panel < n_panels; panel++) {

@@ -34,6 +34,7 @@ constexpr int W = 4, NV = 2, NC = 12;
 constexpr int W = 4, NV = 2, NC = 6;
 #endif
 constexpr int R = NV * W;  // rows in a panel
+inline int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 constexpr float inf = std::numeric_limits<float>::infinity();
 
 typedef float vf __attribute__((vector_size(W * 4)));

@@ -75,9 +75,11 @@ class CodesFromData:
         nearer than a quarter of what such distances are (the median of those above 0). Of copies
         the search takes one: the lowest id.
         """
+        if self.k > 1:
+            return
         for codes, usage in zip(self.codes, self.usage):
             used = usage.nonzero().flatten()
-            if self.k > 1 or len(used) < 2:
+            if len(used) < 2:
                 continue
             own = codes[used]
             own = own - own.mean(0)

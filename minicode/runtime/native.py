@@ -24,7 +24,8 @@ def search(x, codes, k, similarity, scale_and_offset, pursuit=False, coarse=True
         search_rows = torch.ops.minicode_native.topk
         how = (codes, k, kind, coarse)
         if pursuit:  # in one part, as the Gram matrix is computed for each
-            x = x.float().contiguous()
+            x = x.float()
+            x = x if x.stride(-1) == 1 else x.contiguous()
             search_rows = torch.ops.minicode_native.pursuit
             how = (codes, k, kind)
         if x.dtype == torch.float32 and x.stride(-1) == 1:  # it is read where it lies

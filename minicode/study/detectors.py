@@ -330,8 +330,6 @@ def agreement_on(one, other, labels, names):
     best = [detect(recording, labels, names).f1.argmax(0) for recording in (one, other)]
     shares = []
     for label in np.unique(labels[labels >= 0]):
-        here = one.where[best[0][label]]
-        there = other.where[best[1][label]]
-        both = len(np.intersect1d(here, there))
-        shares.append(both / (len(here) + len(there) - both))
+        shared = overlap(one.where[best[0][label]], other.fired, other.count)
+        shares.append(shared[best[1][label]])
     return float(np.mean(shares))
