@@ -17,6 +17,10 @@ from minicode.train_text import main as train_text
 
 ROOT = Path(__file__).parent.parent
 LETTERS = "é → ж"  # one of latin-1, and two beyond it
+SIZE = (
+    "--n-layer 1 --n-embd 8 --n-head 2 --block-size 16 --n-codes-head 8 --k 1 --batch-size 4 "
+    "--steps 4 --eval-every 4 --device cpu"
+)
 
 
 def command(name, *flags):
@@ -37,9 +41,7 @@ def text_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     documents = [f"Caf{LETTERS} {number}." for number in range(100)]
     (folder / "text.txt").write_text("\n\n".join(documents), encoding="utf-8")
-    size = "--n-layer 1 --n-embd 8 --n-head 2 --block-size 16 --n-codes-head 8 --k 1 --batch-size 4"
-    steps = "--steps 4 --eval-every 4 --device cpu"
-    flags = ["--out", folder / "run", "--data", folder / "text.txt", *size.split(), *steps.split()]
+    flags = ["--out", folder / "run", "--data", folder / "text.txt", *SIZE.split()]
     assert train_text([str(flag) for flag in flags]) == 0
     return folder / "run"
 
@@ -53,30 +55,72 @@ SHORT_COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("arguments", SHORT_COMMANDS)
-def test_a_short_command_ends_quietly_where_nobody_reads_on(arguments, tiny_run):
-    """As in `| head -1`, whose end of the pipe is closed."""
+# Forks a process for each: they share the import of torch, and begin and end as commands do.
+FORKS = """
+import ast, os, runpy, sys
+from minicode import control
+from minicode.runtime import streams
+folder, commands, outputs = sys.argv[1], *map(ast.literal_eval, sys.argv[2:])
+for number, (name, *flags) in enumerate(commands):
+    for stdout in outputs:
+        child = os.fork()
+        if child == 0:
+            os.dup2(stdout, 1)
+            os.dup2(os.open(f"{folder}/{stdout}-{number}", os.O_WRONLY | os.O_CREAT), 2)
+            streams.begin()
+            sys.argv = [name, *flags]
+            runpy.run_module(f"minicode.{name}", run_name="__main__")
+            sys.exit()
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(f"{stdout}-{number}", status)
+"""
+
+
+@pytest.fixture(scope="module")
+def endings(tiny_run, tmp_path_factory):
+    """How the short commands end: {where they write to: [(exit status, stderr)]}."""
+    folder = tmp_path_factory.mktemp("stderr")
     reader, writer = os.pipe()
     os.close(reader)
-    result = run(command(*arguments, "--run", tiny_run), stdout=writer)
-    os.close(writer)
-    assert result.returncode == -signal.SIGPIPE
-    assert "Traceback" not in result.stderr
-    assert "Broken pipe" not in result.stderr
+    outputs = {"a closed pipe": writer}
+    if os.path.exists("/dev/full"):
+        outputs["a full disk"] = os.open("/dev/full", os.O_WRONLY)
+    descriptors = list(outputs.values())
+    commands = [[*arguments, "--run", str(tiny_run)] for arguments in SHORT_COMMANDS]
+    script = [sys.executable, "-c", FORKS, str(folder), repr(commands), repr(descriptors)]
+    result = run(script, pass_fds=descriptors)
+    assert result.returncode == 0, result.stderr
+    ended = {name: [] for name in outputs}
+    for line in result.stdout.splitlines():
+        file, status = line.split()
+        stderr = (folder / file).read_text(encoding="utf-8")
+        for name, descriptor in outputs.items():
+            if file.startswith(f"{descriptor}-"):
+                ended[name].append((int(status), stderr))
+    for descriptor in descriptors:
+        os.close(descriptor)
+    return ended
+
+
+def test_a_short_command_ends_quietly_where_nobody_reads_on(endings):
+    """As in `| head -1`, whose end of the pipe is closed."""
+    assert len(endings["a closed pipe"]) == len(SHORT_COMMANDS)
+    for status, stderr in endings["a closed pipe"]:
+        assert status == -signal.SIGPIPE
+        assert "Traceback" not in stderr
+        assert "Broken pipe" not in stderr
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
-@pytest.mark.parametrize("arguments", SHORT_COMMANDS)
-def test_a_full_disk_is_one_line(arguments, tiny_run):
-    with open("/dev/full", "wb") as full:
-        result = run(command(*arguments, "--run", tiny_run), stdout=full)
-    assert result.returncode == 1
-    line = result.stderr.splitlines()[-1]
-    assert line == "minicode: [Errno 28] No space left on device"
-    assert "Traceback" not in result.stderr
+def test_a_full_disk_is_one_line(endings):
+    assert len(endings["a full disk"]) == len(SHORT_COMMANDS)
+    for status, stderr in endings["a full disk"]:
+        assert status == 1
+        assert stderr.splitlines()[-1] == "minicode: [Errno 28] No space left on device"
+        assert "Traceback" not in stderr
 
 
-@pytest.mark.parametrize("broken", ["2>&-", "<&- >&- 2>&-", ">/dev/full 2>&1", "| true"])
+@pytest.mark.parametrize("broken", ["<&- >&- 2>&-", ">/dev/full 2>&1", "| true"])
 def test_training_goes_on_without_its_output(broken, tmp_path):
     folder = tmp_path / "run"
     arguments = command("train_fsm", "--out", folder, *TINY, *SHORT)
@@ -111,23 +155,31 @@ def test_training_outlives_its_terminal(tmp_path):
 
 @pytest.mark.parametrize("encoding, shown", [("latin-1", "é \\u2192"), ("ascii", "\\xe9 \\u2192")])
 def test_letters_that_a_terminal_lacks_are_written_as_numbers(encoding, shown, text_run):
-    more = {"PYTHONIOENCODING": encoding}
-    flags = ["--run", text_run, "--prompt", "Caf" + LETTERS]
-    result = run(command("sample", *flags), more=more, encoding=encoding)
+    commands = f"""
+from minicode.runtime import streams
+streams.begin()
+from minicode import interpret, sample
+sample.main(["--run", {str(text_run)!r}, "--prompt", {"Caf" + LETTERS!r}])
+interpret.main(["--run", {str(text_run)!r}, "--search", "é"])
+"""
+    script = [sys.executable, "-c", commands]
+    result = run(script, more={"PYTHONIOENCODING": encoding}, encoding=encoding)
     assert result.returncode == 0, result.stderr
     assert f"Caf{shown} \\u0436" in result.stdout
-    result = run(command("interpret", "--run", text_run, "--search", "é"), more=more, encoding=None)
-    assert result.returncode == 0, result.stderr
+    assert "held-out tokens" in result.stdout
 
 
 def test_no_file_is_read_in_the_encoding_of_the_locale(text_run):
-    strict = [sys.executable, "-X", "warn_default_encoding", "-W", "error::EncodingWarning", "-m"]
-    for name in ("sample", "interpret"):
-        result = run([*strict, f"minicode.{name}", "--run", str(text_run)])
-        assert result.returncode == 0, result.stderr
-    out = text_run.with_name("again")
-    small = ["--steps", "2", "--n-embd", "8", "--batch-size", "4", "--n-codes-head", "8"]
-    result = run([*strict, "minicode.train_text", "--out", str(out), *small])
+    flags = ["--run", str(text_run)]
+    out = ["--out", str(text_run.with_name("again")), *SIZE.split()]
+    commands = f"""
+from minicode import interpret, sample, train_text
+sample.main({flags})
+interpret.main({flags})
+train_text.main({out})
+"""
+    strict = [sys.executable, "-X", "warn_default_encoding", "-W", "error::EncodingWarning"]
+    result = run([*strict, "-c", commands])
     assert result.returncode == 0, result.stderr
 
 
