@@ -8,13 +8,15 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from minicode import train as training
 from minicode.ablate import main as ablate
 from minicode.interpret import main as interpret
 from minicode.language import steering, topics
 from minicode.sample import main as sample
-from minicode.study import detectors
+from minicode.study import detectors, machine
 from minicode.study import study as study_module
 from minicode.train_fsm import main as train_fsm
 from minicode.train_text import main as train_text
@@ -38,8 +40,10 @@ def blocks(name, language):
 def default_run(tmp_path_factory):
     """A folder with runs/fsm and runs/text in it: the defaults, hardly trained."""
     folder = tmp_path_factory.mktemp("docs")
-    train_text(["--out", str(folder / "runs" / "text"), *LITTLE, "--device", "cpu"])
-    train_fsm(["--out", str(folder / "runs" / "fsm"), *QUICK])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "n_evaluated", lambda data, at_the_end: 32)
+        train_text(["--out", str(folder / "runs" / "text"), *LITTLE, "--device", "cpu"])
+        train_fsm(["--out", str(folder / "runs" / "fsm"), *QUICK])
     return folder
 
 
@@ -53,7 +57,7 @@ def make_smollm2(folder):
 
     make_folder(folder / "smollm2")
     (folder / "wikitext.txt").write_text(
-        "The film was loud, and the king had seen it.\n\n" * 300, encoding="utf-8"
+        "The film was loud, and the king had seen it.\n\n" * 120, encoding="utf-8"
     )
 
 
@@ -71,6 +75,11 @@ def assert_alike(printed, expected, tolerance):
 def test_python_blocks_run_in_order_and_print_what_stands_below(
     name, tolerance, default_run, tmp_path, monkeypatch, capsys
 ):
+    # Fewer sequences on the way, and fewer pairs of states: the tolerance is far above the chance.
+    monkeypatch.setattr(
+        training, "n_evaluated", lambda data, at_the_end: 1024 if at_the_end else 32
+    )
+    monkeypatch.setattr(machine, "control_study", partial(machine.control_study, n_pairs=100))
     shutil.copytree(default_run, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     namespace = {}
@@ -102,6 +111,8 @@ COMMANDS = {  # how each is cut short
 @pytest.mark.parametrize("name", ["README.md", "tutorial.md"])
 def test_commands_are_accepted(name, default_run, tmp_path, monkeypatch):
     """Each command as it stands; but training is cut short and goes elsewhere."""
+    monkeypatch.setattr(training, "n_evaluated", lambda data, at_the_end: 32)
+    monkeypatch.setattr(machine, "pairs", lambda fsm: divmod(np.arange(1, 100), fsm.n_states))
     monkeypatch.setattr(detectors, "N_SEQUENCES", 64)
     monkeypatch.setattr(steering, "steering_table", lambda *args: STEERING)
     monkeypatch.setattr(
