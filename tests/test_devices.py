@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from minicode import block, force, load_run, record
+from minicode import train as training
 from minicode.runtime.runs import TrainConfig
 from minicode.runtime.session import make_optimizer
 from minicode.study import detectors as measures
@@ -135,7 +136,8 @@ def test_the_pretended_gpu_is_as_strict_as_one(gpu):
     "flags",
     ["", "--n-layer 1 --k 2 --codebooks head,attn,mlp_mid,mlp,block"],
 )
-def test_a_run_mixes_no_devices(gpu, tmp_path, flags):
+def test_a_run_mixes_no_devices(gpu, tmp_path, flags, monkeypatch):
+    monkeypatch.setattr(training, "n_evaluated", lambda data, at_the_end: 32)
     short = "--device cuda --batch-size 256 --steps 12 --revive-after 0"
     command = ["--out", str(tmp_path), *TINY, *short.split(), *flags.split()]
     assert train_fsm(command) == 0

@@ -3,6 +3,7 @@
 import json
 import shutil
 import xml.etree.ElementTree as ET
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,12 +15,22 @@ from test_train import refusal, train
 from minicode import load_run
 from minicode.codebook import codebooks
 from minicode.interpret import main as interpret
+from minicode.study import machine, study
 from minicode.study.detectors import record_codes
 from minicode.study.lookup import look_up
 from minicode.study.picture import picture
 from minicode.study.study import best_codes, tells
 
 SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_pairs():
+    """Control by so few pairs of states that it takes no time: its figures are not tested here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "control_study", partial(study.control_study, n_pairs=20))
+        patch.setattr(machine, "N_SEEDS", 2)
+        yield
 
 
 @pytest.fixture(scope="module")

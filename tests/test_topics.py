@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -290,6 +291,7 @@ def interpreted_run(stories_run, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steering, "N_SAMPLES", 1)
         patch.setattr(steering, "N_RANDOM", 2)
+        patch.setattr(steering, "share_in_data", partial(steering.share_in_data, most=32))
         patch.setattr(topics, "N_CANDIDATES", 3)
         patch.setattr(topics, "MOST", 2)
         interpret(["--run", str(folder)])
