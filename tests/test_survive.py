@@ -13,6 +13,7 @@ import subprocess
 import sys
 import traceback
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -74,8 +75,16 @@ def in_child(function, log):
 # -- kills and full disks
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_sequences():
+    """Evaluations on so few that they take no time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "n_evaluated", lambda data, at_the_end: 32)
+        yield
+
+
 @pytest.fixture(scope="module")
-def small_run(tmp_path_factory):
+def small_run(few_sequences, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "small"
     assert train_fsm(["--out", str(folder), *SMALL]) == 0
     return folder
@@ -223,17 +232,27 @@ def test_another_error_is_not_taken_for_a_full_memory(tmp_path, monkeypatch):
 def test_a_folder_belongs_to_one_training_until_that_ends(tmp_path, capsys):
     """However it ends: here it is killed."""
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "minicode.train_fsm", "--out", str(folder), *SMALL]
     long = ["--steps", "1000000", "--dense-share", "0.9"]
-    with subprocess.Popen([*command, *long], stdout=subprocess.PIPE) as process:
-        while not process.stdout.readline().startswith(b"step     4 "):
-            assert process.poll() is None
-        config = (folder / "config.json").read_bytes()
-        for flags in (["--overwrite"], ["--resume", *long]):
-            line = refusal(train_fsm, "--out", folder, *SMALL, *flags, capsys=capsys)
-            assert line.endswith(f"another process is training in {folder}")
-        assert load_run(folder).config.steps == 1000000  # to read it is free
-        process.kill()
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reader)
+        with suppress(BaseException):
+            sys.stdout = open(writer, "w", buffering=1, encoding="utf-8")  # noqa: SIM115
+            train_fsm(["--out", str(folder), *SMALL, *long])
+        os._exit(99)
+    os.close(writer)
+    try:
+        with open(reader, encoding="utf-8") as printed:
+            assert any(line.startswith("step     4 ") for line in printed)
+            config = (folder / "config.json").read_bytes()
+            for flags in (["--overwrite"], ["--resume", *long]):
+                line = refusal(train_fsm, "--out", folder, *SMALL, *flags, capsys=capsys)
+                assert line.endswith(f"another process is training in {folder}")
+            assert load_run(folder).config.steps == 1000000  # to read it is free
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
     assert (folder / "config.json").read_bytes() == config
     assert train_fsm(["--out", str(folder), *SMALL, "--overwrite"]) == 0
     assert load_run(folder).summary["step"] == load_run(folder).config.steps == 12

@@ -1,5 +1,6 @@
 """Training: seeds, what a step changes, resume, a run's files, and mistakes that a user makes."""
 
+import io
 import json
 import os
 import pickle
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 
 import pytest
@@ -364,12 +366,9 @@ def test_flags_are_in_groups_and_their_help_has_no_figures_of_one_data_set(comma
 def told(tmp_path_factory):
     """What a short run prints where there is no terminal: (stdout, stderr)."""
     folder = tmp_path_factory.mktemp("told") / "run"
-    command = [sys.executable, "-m", "minicode.train_fsm", "--out", str(folder), *TINY]
-    result = subprocess.run(
-        [*command, *SHORT, "--steps", "40"], capture_output=True, encoding="utf-8"
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout, result.stderr
+    with redirect_stdout(io.StringIO()) as stdout, redirect_stderr(io.StringIO()) as stderr:
+        train(folder, *SHORT, "--steps", "40")
+    return stdout.getvalue(), stderr.getvalue()
 
 
 def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(told):
