@@ -72,7 +72,7 @@ for number, (name, *flags) in enumerate(commands):
             runpy.run_module(f"minicode.{name}", run_name="__main__")
             sys.exit()
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print(f"{stdout}-{number}", status)
+        print(f"{stdout}-{number}", status, flush=True)
 """
 
 

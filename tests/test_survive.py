@@ -76,8 +76,8 @@ def in_child(function, log):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_sequences():
-    """Evaluations on so few that they take no time."""
+def few_sequences(tiny_run):
+    """Evaluations on so few that they take no time; but not those of the run of all tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "n_evaluated", lambda data, at_the_end: 32)
         yield
