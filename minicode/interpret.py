@@ -4,6 +4,7 @@ python -m minicode.interpret                       every measure: tables and rep
 python -m minicode.interpret --search 'New (York)' the codes that fire where a pattern ends
 python -m minicode.interpret --code mlp.1.527      where a code fires, in context
 python -m minicode.interpret --compare runs/other  do the codes of another run agree?
+python -m minicode.interpret --elsewhere FILE ...  do the stories' topics keep their codes there?
 python -m minicode.interpret --steer words:king,queen/crown,throne words:war,sword/army,battle
                                                    every measure; steering of these topics too
 python -m minicode.interpret --picture FILE.svg    a sequence with its codes, and others forced
@@ -13,6 +14,7 @@ import json
 import sys
 from pathlib import Path
 
+from minicode.language.elsewhere import elsewhere
 from minicode.language.topics import BUDGET, find_topic
 from minicode.notation import Code
 from minicode.runtime.arguments import check_range
@@ -25,31 +27,39 @@ from minicode.study.study import study
 
 
 def main(argv=None):
+    """Prints what is asked for, and returns it."""
     parser = make_parser()
     args = parser.parse_args(argv)
     with parser.user_errors():
         run = load_run(args.run or latest_run())
-        run.sites()
-        for name in ("precision", "recall", "budget"):
-            check_range(name, getattr(args, name), least=0, below=1e38)
-        topics = steered(run, args.steer)
-        tokens, kinds = held_out(run)
-        recording = record_codes(run.model, tokens)
-        if args.search is not None:
-            result, text = search(run, recording, args.search, args.precision, args.recall)
-        elif args.code:
-            result, text = look_up(run, recording, kinds, Code.parse(args.code, run.model))
-        elif args.compare:
-            result, text = compare(run, recording, load_run(args.compare))
-        elif args.picture:
-            result, text = picture(run, recording, kinds, args.picture)
-        else:
-            result, text = study(run, recording, kinds, topics, args.budget, args.figures)
+        result, text = answer(run, args)
     learnt = run.summary.get("transition_accuracy", 1)
     if learnt < 0.9:
         about = f"{run.folder} has not learnt the machine (transition accuracy {learnt:.2f})"
         print(f"note: {about}: its codes will not mean much", file=sys.stderr)
     print(json.dumps(result) if args.json else text)
+    return result
+
+
+def answer(run, args):
+    """What the flags ask of a run: a result, and that as text."""
+    run.sites()
+    for name in ("precision", "recall", "budget"):
+        check_range(name, getattr(args, name), least=0, below=1e38)
+    topics = steered(run, args.steer)
+    tokens, kinds = held_out(run)
+    recording = record_codes(run.model, tokens)
+    if args.search is not None:
+        return search(run, recording, args.search, args.precision, args.recall)
+    if args.code:
+        return look_up(run, recording, kinds, Code.parse(args.code, run.model))
+    if args.compare:
+        return compare(run, recording, load_run(args.compare))
+    if args.elsewhere is not None:
+        return elsewhere(run, recording, kinds, args.elsewhere)
+    if args.picture:
+        return picture(run, recording, kinds, args.picture)
+    return study(run, recording, kinds, topics, args.budget, args.figures)
 
 
 def steered(run, asked):
@@ -76,6 +86,8 @@ def make_parser():
     add("--recall", type=float, default=0.1, help="the least for --search (default: 0.1)")
     one_of("--code", help="where this code fires")
     one_of("--compare", type=Path, metavar="FOLDER", help="another run on the same data")
+    text = "of a run on stories: other text, besides stories told in another way"
+    one_of("--elsewhere", nargs="*", metavar="FILE", help=text)
     one_of("--picture", type=Path, metavar="FILE", help="of a run on TokFSM, as SVG")
     lists = "words that codes are chosen by, and after a slash those that are counted"
     one_of(

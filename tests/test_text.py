@@ -116,9 +116,9 @@ def test_grammar_has_topics_and_patterns():
     of_the_paper = {"dragon", "slide", "friend", "flower", "fire", "royals", "baby"}
     assert len(grammar.topics) >= 12
     assert of_the_paper <= grammar.topics.keys()
-    for _, beginnings, lines, ends in grammar.topics.values():
-        patterns = beginnings + lines + ends
-        assert len(set(patterns)) == len(patterns) >= 20
+    for _, *lots in grammar.topics.values():
+        patterns = sum(lots, [])
+        assert len(set(patterns)) == len(patterns) >= 25
     assert len(grammar.lines["shared"]) >= 20
     assert len(grammar.moods) >= 4
     before_a_topic = "".join(grammar.lines["opening"] + grammar.lines["about"])

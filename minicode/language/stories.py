@@ -21,7 +21,7 @@ class Stories:
     def __init__(self):
         grammar = Path(__file__).with_name("stories.txt").read_text(encoding="utf-8")
         self.moods = []  # lines and ends of each
-        self.topics = {}  # of each its words, beginnings, lines and ends
+        self.topics = {}  # of each its words, beginnings, lines, ends, and other words
         self.mention = {}  # of each topic the pattern that mentions it
         self.about = {}  # and that of other words, which are often about it
         self.lines = {}  # what else there is, such as openings
@@ -49,6 +49,14 @@ class Stories:
 
         One story in eight has two topics: the second comes in after the first, and replaces it.
         """
+        return self.tell(number, self.plan)
+
+    def in_other_words(self, number):
+        """A story whose sentences about its topic stand in no other, and don't name it."""
+        return self.tell(number, self.plan_in_other_words)
+
+    def tell(self, number, plan):
+        """The story of this number with its people and words drawn; its patterns are a plan's."""
         rng = random.Random(number)
         words = dict(self.words)
         for end, person in zip(("", "2"), rng.sample(self.people, 2)):
@@ -56,7 +64,7 @@ class Stories:
                 words[slot + end] = [word]
         story = []
         before = None
-        for pattern, topic in list(self.plan(rng)):  # all of it, before a word is drawn
+        for pattern, topic in list(plan(rng)):  # all of it, before a word is drawn
             if topic != before:
                 words.update(self.topics[topic][0])
                 before = topic
@@ -75,13 +83,21 @@ class Stories:
             yield pattern, None
         others = iter(rng.sample(self.lines["shared"], 4) + rng.sample(mood, 4))
         for topic in topics:
-            _, beginnings, own, ends = self.topics[topic]
+            _, beginnings, own, ends, _ = self.topics[topic]
             lines = rng.sample(own, rng.randint(3, 5))
             lines += islice(others, rng.randint(1, 3))
             beginning = rng.choice(beginnings)
             for pattern in (beginning, *rng.sample(lines, len(lines))):
                 yield pattern, topic
         yield rng.choice(rng.choice((ends, mood_ends))), topic
+
+    def plan_in_other_words(self, rng):
+        """An opening, and the sentences about a topic that are in no other plan."""
+        topic = rng.choice(list(self.topics))
+        *_, others = self.topics[topic]
+        yield rng.choice(self.lines["opening"]), None
+        for pattern in rng.sample(others, len(others)):
+            yield pattern, topic
 
 
 def fill(pattern, words, rng):

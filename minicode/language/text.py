@@ -225,16 +225,25 @@ class Text:
         if self.data:
             windows = sliding_window_view(self.parts[held_out], length)
             return windows[rng.integers(len(windows), size=n)].astype(np.int64), None
-        tokens = []  # one story after the other: a window goes on where the last one ended
-        labels = []
-        while len(tokens) < n * length:
+        return self.windows_of(self._stories(rng, held_out), n, length)
+
+    def _stories(self, rng, held_out):
+        """Stories without end, drawn from those to train on or those that are held out."""
+        while True:
             number = HELD_OUT * rng.integers(1 << 48)
             if not held_out:
                 number += rng.integers(1, HELD_OUT)
+            yield stories().story(int(number))
+
+    def windows_of(self, told, n, length):
+        """Windows of stories, lists of (sentence, topic), and their topics: (n, length) each."""
+        tokens = []  # one story after the other: a window goes on where the last one ended
+        labels = []
+        while len(tokens) < n * length:
             tokens.append(self.tokenizer.separator)
             labels.append(-1)
             space = ""
-            for sentence, topic in stories().story(int(number)):
+            for sentence, topic in next(told):
                 new = self.tokenizer.encode(space + sentence)
                 tokens += new
                 labels += [self.topics.index(topic) if topic else -1] * len(new)
