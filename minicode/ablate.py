@@ -1,15 +1,17 @@
-"""python -m minicode.ablate [TABLE]: runs over three seeds, as one table.
+"""python -m minicode.ablate [TABLE]: runs over three seeds, as a table.
 
 results   the default, and what its codes stand for and do; language: the same on stories, or --data
 fsm       what we tried, on TokFSM (the default); text: how k codes are chosen and started
-differs   what differs from the paper, one thing at a time; paper: its Table 1
+paper     the paper's Table 1
 
-A row is a default with some flags, or with a few lines of it replaced. Stopped, it goes on with the
-run it was at.
+A row is a default with some flags, or with a few lines of it replaced. Of results and language
+there is a second table: what `minicode.interpret` finds in each run, and how its codes agree with
+those of seed 0. Stopped, it goes on with the run it was at.
 """
 
 import json
 import re
+import shlex
 from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
@@ -18,13 +20,13 @@ import torch
 
 from minicode.codebook import Codebook
 from minicode.interpret import main as interpret
+from minicode.runtime.arguments import check_range
 from minicode.runtime.files import write
 from minicode.runtime.options import Parser
-from minicode.runtime.runs import load_run
 from minicode.runtime.streams import outlive
-from minicode.study import tables
 from minicode.study.demonstration import controls
 from minicode.study.ideas import REPLACED, TABLES
+from minicode.study.over_seeds import cells, table, trained
 from minicode.train_fsm import main as train_fsm
 from minicode.train_text import main as train_text
 
@@ -35,31 +37,38 @@ COMMANDS = {"train_fsm": train_fsm, "train_text": train_text}
 def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
-    table = TABLES[args.table]
+    asked = TABLES[args.table]
+    with parser.user_errors():
+        check(args, asked)
+    ideas = args.only or list(asked.rows)
+    results = {}
+    for idea in ideas:
+        results[idea] = [figures(args, asked, idea, seed) for seed in range(args.seeds)]
+    rows = {}
+    for idea in ideas:
+        rows[f"{idea} `{asked.rows[idea]}`".replace(" ``", "")] = cells(
+            results[idea], asked.columns
+        )
+        if idea in asked.theirs:
+            rows[f"{idea}: the paper's"] = cells([asked.theirs[idea]], asked.columns)
+    print(table("idea", asked.columns, rows))
+    if asked.codes:
+        every = {name: None for idea in ideas for one in results[idea] for name in one}
+        found = [name for name in every if re.fullmatch(asked.codes, name)]
+        columns = [cells(results[idea], found) for idea in ideas]
+        print(table("what its codes do", ideas, dict(zip(found, zip(*columns)))))
+
+
+def check(args, asked):
+    """ValueError for flags that don't go together."""
     for idea in args.only or []:
-        if idea not in table.rows:
-            parser.error(f"there is no idea {idea!r}; there are: {', '.join(table.rows)}")
-    if not 1 <= args.seeds <= 1000:
-        parser.error("--seeds must be from 1 to 1000")
-    if args.data and table.command != "train_text":
-        parser.error("--data goes with the tables text and language alone")
-    steps = table.steps if args.steps is None else args.steps
-    lines = head(table)
-    of_codes = tables.head(["idea", *table.codes])
-    for idea in args.only or table.rows:
-        results = []
-        for seed in range(args.seeds):
-            name = "-".join(re.findall(r"\w+", f"{idea} {seed}"))
-            folder = args.out / args.table / name
-            flags = f"--steps {steps} --eval-every {max(1, steps // 20)} --seed {seed}"
-            flags = f"{flags} {table.rows[idea]}".split()
-            if args.data:
-                flags += ["--data", args.data]
-            results.append(result(table, idea, folder, flags))
-        lines.append(row(table, idea, results))
-        cells = [tables.cell(results, name) for name in table.codes]
-        of_codes.append(tables.line([idea, *cells]))
-    print("\n".join(lines + (of_codes if table.codes else [])))
+        if idea not in asked.rows:
+            raise ValueError(f"there is no idea {idea!r}; there are: {', '.join(asked.rows)}")
+    check_range("--seeds", args.seeds, least=1, below=1001)
+    if args.data and asked.command != "train_text":
+        raise ValueError("--data goes with the tables text and language alone")
+    if args.interpret and not asked.codes:
+        raise ValueError("--interpret goes with the tables results and language alone")
 
 
 def make_parser():
@@ -68,7 +77,9 @@ def make_parser():
     about = "; ".join(f"{name}: {table.about}" for name, table in TABLES.items())
     flag("table", nargs="?", choices=TABLES, default="fsm", metavar="TABLE", help=about)
     flag("--only", nargs="+", metavar="IDEA", help="these rows (default: all)")
-    flag("--data", metavar="FILE", help="of the table text: your own (default: stories)")
+    flag("--data", metavar="FILE", help="of the tables on text: your own (default: stories)")
+    again = "flags of interpret, in quotes, more than once if need be (default: '', every measure)"
+    flag("--interpret", action="append", metavar="FLAGS", help=again)
     out = Path("runs/ablate")
     flag("--out", type=Path, default=out, help="folder of the runs (default: %(default)s)")
     flag("--seeds", type=int, default=3, help="seeds of each (default: 3)")
@@ -76,43 +87,35 @@ def make_parser():
     return parser
 
 
-def head(table):
-    """The first lines of a table."""
-    theirs = ["the paper's"] if table.theirs else []
-    return tables.head(["idea", *table.columns, *theirs])
-
-
-def row(table, idea, results):
-    """A row of the table: mean, lowest and highest of each figure."""
-    flags = table.rows[idea]
-    cells = [f"{idea} `{flags}`" if flags else idea]
-    cells += [tables.cell(results, name) for name in table.columns]
-    if table.theirs:
-        cells.append(table.theirs.get(idea, "-"))
-    return tables.line(cells)
-
-
-def result(table, idea, folder, flags):
-    """The figures of an idea, which is trained in this folder unless it was."""
+def figures(args, asked, idea, seed):
+    """The figures of an idea, which is trained in its folder unless it was."""
+    folder = args.out / args.table / name(idea, seed)
+    steps = asked.steps if args.steps is None else args.steps
+    flags = f"--steps {steps} --eval-every {max(1, steps // 20)} --seed {seed} {asked.rows[idea]}"
+    flags = flags.split() + (["--data", args.data] if args.data else [])
+    questions = args.interpret or [""] if asked.codes else []
+    if seed and asked.codes:
+        questions.append(f"--compare {shlex.quote(str(folder.with_name(name(idea, 0))))}")
     path = folder / "ablation.json"
     if path.exists():
-        figures = json.loads(path.read_bytes())
-        if figures["flags"] == flags:
-            return figures
+        known = json.loads(path.read_bytes())
+        if known["flags"] == flags and known["questions"] == questions:
+            return known
     methods = REPLACED.get(idea)
     with mock.patch.multiple(Codebook, **methods) if methods else nullcontext():
-        status = COMMANDS[table.command](["--out", str(folder), "--overwrite", *flags])
-        if status:
-            raise SystemExit(status)
-        run = load_run(folder)
-        figures = {"flags": flags, **run.summary}
-        if "control_mlp" in table.columns:
-            figures |= controls(run, torch.Generator(), seed=0)
-    if table.codes and "sites" in run.summary:
-        interpret(["--run", str(folder)])
-        figures |= flat(json.loads((folder / "interpret.json").read_bytes()))
-    write(path, json.dumps(figures))
-    return figures
+        run = trained(COMMANDS[asked.command], folder, flags)
+        found = {"flags": flags, "questions": questions, **run.summary}
+        if "control_mlp" in asked.columns:
+            found |= controls(run, torch.Generator(), seed=0)
+    for question in questions if run.config.sites() else []:
+        found |= flat(interpret(["--run", str(folder), *shlex.split(question)]))
+    write(path, json.dumps(found))
+    return found
+
+
+def name(idea, seed):
+    """Of a run's folder."""
+    return "-".join(re.findall(r"\w+", f"{idea} {seed}"))
 
 
 def flat(figures, before=""):

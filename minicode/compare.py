@@ -20,6 +20,7 @@ mean iou      of a feature and the best of seed 0, by where they fire; and by ch
 Each row is written as it ends. Stopped, the command goes on with the row it was at.
 """
 
+import argparse
 import json
 import re
 from functools import cache
@@ -31,18 +32,16 @@ from minicode.model import GPTConfig
 from minicode.runtime.arguments import check_range
 from minicode.runtime.files import write
 from minicode.runtime.options import Parser
-from minicode.runtime.runs import load_run
 from minicode.runtime.streams import outlive
 from minicode.study.features import Features, replaced
-from minicode.study.judge import held_out, judge, mean_differences, neurons
+from minicode.study.judge import COLUMNS, held_out, judge, mean_differences, neurons
 from minicode.study.methods import READ, read
-from minicode.study.tables import COMPARED, draw, table
+from minicode.study.over_seeds import cells, draw, table, trained
 from minicode.train_fsm import main as train_fsm
 
 CODEBOOKS = {"codebooks, pursuit": "pursuit", "codebooks, nearest": "nearest"}
 WITHOUT_K = {"neurons": neurons, "mean differences": mean_differences}
 METHODS = (*CODEBOOKS, *READ, *WITHOUT_K)
-MACHINE = ""  # flags of all networks
 
 
 @outlive()
@@ -53,14 +52,15 @@ def main(argv=None):
         check_range("--seeds", args.seeds, least=1, below=1001)
         for k in args.k:
             check_range("--k", k, least=1, below=GPTConfig.n_codes_head + 1)
-        rows = {}
+        results = {row: [] for row in ways(args)}
         for seed in range(args.seeds):
-            for row in ways(args):
-                rows.setdefault(row, []).append(figures(args, *row, seed))
-    for columns in COMPARED:
-        print(table(columns, rows))
+            for method, k in results:
+                results[method, k].append(figures(args, method, k, seed))
+    for columns in COLUMNS:
+        rows = {title(*row): cells(found, columns) for row, found in results.items()}
+        print(table("method, k", columns, rows))
     if args.figures:
-        draw(rows, args.figures)
+        draw(results, args.figures)
 
 
 def ways(args):
@@ -78,15 +78,16 @@ def make_parser():
     flag("--only", nargs="+", choices=METHODS, metavar="METHOD", help=there_are)
     flag("--k", nargs="+", type=int, default=[1, 2, 4, 8], help="of each (default: 1 2 4 8)")
     flag("--seeds", type=int, default=3, help="seeds of each (default: 3)")
-    flag("--steps", type=int, default=4000, help="training steps of a network (default: 4000)")
     flag("--out", type=Path, default=Path("runs/compare"), help="folder (default: runs/compare)")
     flag("--figures", type=Path, metavar="FOLDER", help="write the figures there, as SVG")
+    text = "flags of train_fsm for all networks: what is left of the line"
+    flag("--train", nargs=argparse.REMAINDER, default=[], metavar="FLAGS", help=text)
     return parser
 
 
 def figures(args, method, k, seed):
     """A row's figures: those in its file, or they are made and written there."""
-    twin = network(args.out, args.steps, seed, "dense", "--codebooks none")
+    twin = dense(args, seed)  # which refuses other flags than it was trained with
     path = args.out / f"{name(method, k)}-{seed}.json"
     if path.exists():
         return json.loads(path.read_bytes())
@@ -104,33 +105,33 @@ def figures(args, method, k, seed):
     return found
 
 
+def title(method, k):
+    return f"{method}, {k}" if k else method
+
+
 def name(method, k):
-    """Of a method's files."""
-    return "-".join(re.findall(r"\w+", f"{method} {k or ''}"))
+    """Of its files."""
+    return "-".join(re.findall(r"\w+", title(method, k)))
 
 
 def fitted(args, method, k, seed):
     """A model with features, what its sites pass on, and how many seconds it was trained."""
     if method in CODEBOOKS:
-        flags = f"--k {k} --selection {CODEBOOKS[method]}"
-        run = network(args.out, args.steps, seed, name(method, k), flags)
+        flags = ("--k", str(k), "--selection", CODEBOOKS[method])
+        run = network(args.out / f"{name(method, k)}-{seed}", seed, *flags, *args.train)
         return run.model, replaced, run.summary["seconds"]
-    twin = network(args.out, args.steps, seed, "dense", "--codebooks none")
+    twin = dense(args, seed)
     torch.manual_seed(seed)
     return read(twin, method, k, args.out / f"{name(method, k)}-{seed}.pt")
 
 
+def dense(args, seed):
+    return network(args.out / f"dense-{seed}", seed, "--codebooks", "none", *args.train)
+
+
 @cache
-def network(out, steps, seed, name, flags):
-    """A run of train_fsm, which is trained unless it was."""
-    folder = out / f"{name}-{seed}"
-    flags = f"--seed {seed} --steps {steps} {MACHINE} {flags}".split()
-    if (folder / "config.json").exists():
-        flags.append("--resume")
-    status = train_fsm(["--out", str(folder), *flags])
-    if status:
-        raise SystemExit(status)
-    return load_run(folder)
+def network(folder, seed, *flags):
+    return trained(train_fsm, folder, ["--seed", str(seed), *flags])
 
 
 if __name__ == "__main__":

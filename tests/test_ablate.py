@@ -10,6 +10,7 @@ from test_train import refusal
 
 from minicode import Codebook, ablate
 from minicode.ablate import main
+from minicode.interpret import main as interpret
 from minicode.study import detectors, ideas, study
 
 
@@ -92,42 +93,71 @@ def test_a_table_with_a_method_replaced_is_made_once(tmp_path, monkeypatch, caps
         (tmp_path / "fsm" / "a-small-one-0" / "ablation.json").read_text(encoding="utf-8")
     )
     loss = f"{figures['loss']:.3f}"
-    assert row.startswith(f"| a small one `{SMALL}` | {loss} ({loss} to {loss}) | ")
+    assert row.startswith(f"| a small one `{SMALL}` | {loss} | ")
     assert 0 <= figures["control_mlp"] <= 1
     assert figures["step"] == 2
 
     monkeypatch.setitem(ablate.COMMANDS, "train_fsm", lambda argv: pytest.fail("trained again"))
     main(flags)
     assert capsys.readouterr().out.splitlines() == [head, rule, row]
+    flags[flags.index("2")] = "3"
+    monkeypatch.undo()
+    monkeypatch.setitem(ideas.FSM.rows, "a small one", SMALL)
+    assert "has other settings" in refusal(main, *flags, capsys=capsys)
 
 
 def test_codes_are_interpreted_in_a_second_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(detectors, "N_SEQUENCES", 16)
     monkeypatch.setattr(study, "control_study", partial(study.control_study, n_pairs=5))
-    table = replace(ideas.RESULTS, rows={"small": SMALL, "dense": f"{SMALL} --codebooks none"})
-    monkeypatch.setitem(ideas.TABLES, "results", table)
+    rows = {"small": SMALL, "dense": f"{SMALL} --codebooks none"}
+    monkeypatch.setitem(ideas.TABLES, "results", replace(ideas.RESULTS, rows=rows))
     main(["results", "--out", str(tmp_path), "--seeds", "2", "--steps", "4"])
-    lines = capsys.readouterr().out.splitlines()[-8:]
-    columns = ["idea", *(name.replace("_", " ") for name in table.codes)]
-    assert lines[4] == f"| {' | '.join(columns)} |"
-    assert lines[7] == "| dense" + len(table.codes) * " | -" + " |"
+    lines = capsys.readouterr().out.splitlines()
+    second = lines[lines.index("| what its codes do | small | dense |") :]
     found = []
     for seed in range(2):
         folder = tmp_path / "results" / f"small-{seed}"
         found.append(json.loads((folder / "interpret.json").read_bytes()))
     precisions = [one["detectors"]["code_precision"] for one in found]
     controls = [one["control"]["all"]["inside"]["control"] for one in found]
-    cells = lines[6].split(" | ")
     for name, values in (
-        ("detectors_code_precision", precisions),
-        (
-            "control_all_inside_control",
-            controls,
-        ),
+        ("detectors code precision", precisions),
+        ("control all inside control", controls),
     ):
-        cell = cells[1 + table.codes.index(name)]
-        mean = sum(values) / 2
-        assert cell == f"{mean:.3f} ({min(values):.3f} to {max(values):.3f})"
+        cell = f"{sum(values) / 2:.3f} ({min(values):.3f} to {max(values):.3f})"
+        assert f"| {name} | {cell} | - |" in second
+    (agreement,) = (line for line in second if line.startswith("| mean iou "))
+    folders = [str(tmp_path / "results" / f"small-{seed}") for seed in (1, 0)]
+    shared = interpret(["--run", folders[0], "--compare", folders[1]])["mean_iou"]
+    assert agreement == f"| mean iou | {shared:.3f} | - |"  # of seed 1 with seed 0
+
+
+def test_other_questions_are_asked_without_training_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(detectors, "N_SEQUENCES", 16)
+    monkeypatch.setitem(ideas.TABLES, "results", replace(ideas.RESULTS, rows={"small": SMALL}))
+    flags = ["results", "--out", str(tmp_path), "--seeds", "1", "--steps", "4"]
+    main([*flags, "--interpret", "--code mlp.0.3"])
+    weights = (tmp_path / "results" / "small-0" / "model.pt").stat()
+    asked = "--search '(0|1) 2' --recall 0"
+    main([*flags, "--interpret", asked, "--interpret", "--code mlp.0.4"])
+    assert (tmp_path / "results" / "small-0" / "model.pt").stat() == weights
+    kept = json.loads((tmp_path / "results" / "small-0" / "ablation.json").read_bytes())
+    assert kept["search"] == "(0|1) 2" and kept["code"] == "mlp.0.4"
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(ideas.FSM.rows, "small", SMALL)
+    flags = ["--out", str(tmp_path), "--seeds", "1", "--steps", "4", "--only", "small"]
+    train = ablate.COMMANDS["train_fsm"]
+    stopped = f"--steps 4 --eval-every 1 --seed 0 {SMALL}".split()
+    folder = tmp_path / "fsm" / "small-0"
+    with monkeypatch.context() as patch:
+        patch.setattr("minicode.train.processes.stopping", lambda device: True)
+        assert train(["--out", str(folder), *stopped]) == 130
+    assert "step     1" in capsys.readouterr().out
+    main(flags)
+    out = capsys.readouterr().out
+    assert "step     1" not in out and "step     4" in out
 
 
 @pytest.mark.parametrize(
@@ -136,7 +166,8 @@ def test_codes_are_interpreted_in_a_second_table(tmp_path, monkeypatch, capsys):
         (["--only", "magic"], "there is no idea 'magic'; there are: the default"),
         (["magic"], "invalid choice: 'magic'"),
         (["--data", "x.txt"], "--data goes with the tables text and language alone"),
-        (["--seeds", "0"], "must be from 1 to 1000"),
+        (["--interpret", "--code mlp.0.1"], "--interpret goes with the tables results and"),
+        (["--seeds", "0"], "--seeds must be at least 1"),
         (["--steps", "0"], "must be at least 1"),
     ],
 )
@@ -144,9 +175,10 @@ def test_bad_input_ends_in_one_line(flags, words, tmp_path, capsys):
     assert words in refusal(main, "--out", str(tmp_path), *flags, capsys=capsys)
 
 
-def test_the_paper_stands_beside_its_table():
-    figures = {"loss": 1.2, "accuracy": 0.46, "transition_accuracy": 0.97}
-    assert ablate.head(ideas.PAPER)[0].endswith("| dead code fraction | the paper's |")
-    line = ablate.row(ideas.PAPER, "no codebooks", [figures])
-    assert line.startswith("| no codebooks `--codebooks none` | 1.200 (1.200 to 1.200) | 0.460 (")
-    assert line.endswith(" | - | 1.179, 0.4636, 0.9677 |")
+def test_the_paper_stands_beside_its_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablate, "figures", lambda *args: {"loss": 1.2, "accuracy": 0.46})
+    main(["paper", "--out", str(tmp_path), "--only", "no codebooks", "--seeds", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    mean = "1.200 (1.200 to 1.200) | 0.460 (0.460 to 0.460)"
+    assert lines[2] == f"| no codebooks `--codebooks none` | {mean} | - | - |"
+    assert lines[3] == "| no codebooks: the paper's | 1.179 | 0.464 | 0.968 | - |"

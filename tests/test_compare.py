@@ -26,7 +26,6 @@ from minicode.study.features import (
     unexplained,
 )
 from minicode.study.methods import READ
-from minicode.study.tables import COMPARED
 
 # -- sparse autoencoders
 
@@ -194,46 +193,50 @@ def test_a_line_goes_through_its_points():
 ONLY = ["codebooks, pursuit", "TopK", "random codes", "neurons", "mean differences"]
 
 
+SMALL = ["--train", *f"--n-states 16 --n-edges 3 --base 4 {SIZE} --batch-size 8".split()]
+
+
 @pytest.fixture
-def small(monkeypatch):
-    machine_and_size = f"--n-states 16 --n-edges 3 --base 4 {SIZE} --batch-size 8"
-    monkeypatch.setattr(compare, "MACHINE", machine_and_size)
+def few(monkeypatch):
     monkeypatch.setattr(detectors, "N_SEQUENCES", 32)
     monkeypatch.setattr(judge, "N_PAIRS", 20)
 
 
-def test_the_tables_are_of_the_files(small, tmp_path, monkeypatch, capsys):
-    flags = ["--out", str(tmp_path), "--steps", "20", "--seeds", "2", "--k", "1", "--only", *ONLY]
-    compare.main(flags)
+def test_the_tables_are_of_the_files(few, tmp_path, monkeypatch, capsys):
+    flags = ["--out", str(tmp_path), "--seeds", "2", "--k", "1", "--only", *ONLY]
+    small = [*SMALL, "--steps", "20"]
+    compare.main([*flags, *small])
     printed = capsys.readouterr().out.splitlines()
-    n_lines = len(COMPARED) * (2 + len(ONLY))
+    n_lines = len(judge.COLUMNS) * (2 + len(ONLY))
     tables = [line.split("|")[1:-1] for line in printed[-n_lines:]]
     for method in ONLY:
-        name = compare.name(method, 0 if method in compare.WITHOUT_K else 1)
+        name = compare.name(method, None if method in compare.WITHOUT_K else 1)
         files = [tmp_path / f"{name}-{seed}.json" for seed in range(2)]
         results = [json.loads(file.read_bytes()) for file in files]
         of_method = [row for row in tables if row[0].strip().startswith(method)]
-        assert len(of_method) == len(COMPARED)
-        for columns, row in zip(COMPARED, of_method):
+        assert len(of_method) == len(judge.COLUMNS)
+        for columns, row in zip(judge.COLUMNS, of_method):
             for column, cell in zip(columns, row[1:]):
                 values = [seed[column] for seed in results if column in seed]
                 expected = "-"
                 if values:
                     lowest, highest = min(values), max(values)
                     expected = f"{np.mean(values):.3f} ({lowest:.3f} to {highest:.3f})"
+                if len(values) == 1:  # agreement, of one pair
+                    expected = f"{values[0]:.3f}"
                 assert cell.strip() == expected
     assert {"mean_iou", "chance"} <= figures_of(tmp_path, "TopK-1-1").keys()
 
     monkeypatch.setattr(compare, "judge", lambda *args: pytest.fail("judged again"))
     monkeypatch.setattr(compare, "read", lambda *args: pytest.fail("trained again"))
-    compare.main([*flags, "--figures", str(tmp_path / "figures")])
+    compare.main([*flags, "--figures", str(tmp_path / "figures"), *small])
     assert capsys.readouterr().out.splitlines()[-n_lines:] == printed[-n_lines:]
     for chart in "error", "readable":
         svg = (tmp_path / "figures" / f"{chart}.svg").read_text(encoding="utf-8")
         assert "TopK" in svg and "neurons" not in svg
 
     compare.network.cache_clear()
-    flags[3] = "21"
+    flags += [*SMALL, "--steps", "21"]
     assert "has other settings" in refusal(compare.main, *flags, capsys=capsys)
 
 
@@ -248,8 +251,8 @@ def figures_of(folder, name):
         (["--seeds", "0"], "--seeds must be at least 1"),
         (["--k", "0"], "--k must be at least 1"),
         (["--k", "2", "17"], "--k must be below 17, not 17"),
-        (["--steps", "0"], "steps must be at least 1"),
+        (["--train", "--steps", "0"], "steps must be at least 1"),
     ],
 )
-def test_bad_input_ends_in_one_line(flags, words, small, tmp_path, capsys):
+def test_bad_input_ends_in_one_line(flags, words, tmp_path, capsys):
     assert words in refusal(compare.main, "--out", str(tmp_path), *flags, capsys=capsys)

@@ -24,15 +24,33 @@ MOST_CHOICES = 1 << 26  # of codes, in all of them: large models get fewer seque
 MOST_VALUES = 1 << 28  # of neurons
 
 
-class Recording:
+class Fired:
+    """Which of n features fire where, from fired (N, columns): at each position their numbers.
+
+    A number of n is none at all. count (n): how often each fires; where: for each, the positions.
+    """
+
+    def __init__(self, fired, n):
+        self.fired = fired
+        self.count = np.bincount(fired.ravel(), minlength=n + 1)[:n]
+        self.where = self.split(self.order() // fired.shape[1])
+
+    def order(self):
+        """The places of `fired`, feature by feature."""
+        return np.argsort(self.fired, axis=None, kind="stable")
+
+    def split(self, values):
+        """Values in that order as a list, an array for each feature."""
+        return np.split(values, np.cumsum(self.count))[:-1]
+
+
+class Recording(Fired):
     """The codes (n, T, columns) of a model on tokens (n, T), both NumPy arrays.
 
     columns   (site, group) of each codebook in use, as many times as it makes choices
     names     the codes of all these codebooks; a code's number is its place among them
-    fired     (n * T, columns): the numbers of the codes that fire at each position; as many as
-              there are names where a position passes through its site untouched
-    count     (codes): how often each fires
-    where     for each code, the positions at which it fires
+
+    A position that passes through its site untouched has no code there.
     """
 
     def __init__(self, model, tokens, codes):
@@ -50,10 +68,7 @@ class Recording:
                 self.names += codes_of(site, codebook)
         n_codes = len(self.names)
         codes = codes.reshape(-1, len(first))
-        self.fired = np.where(codes < 0, n_codes, codes + first)
-        self.count = np.bincount(self.fired.ravel(), minlength=n_codes + 1)[:n_codes]
-        by_code = np.argsort(self.fired, axis=None, kind="stable") // len(first)
-        self.where = np.split(by_code, np.cumsum(self.count))[:n_codes]
+        super().__init__(np.where(codes < 0, n_codes, codes + first), n_codes)
 
     def counts(self):
         """By site, how often each code fires: {"mlp.1": (G, C), ...}."""

@@ -13,6 +13,7 @@ import torch
 
 from minicode.model import evaluating
 from minicode.study import machine
+from minicode.study.detectors import Fired
 
 
 def sites(model):
@@ -108,8 +109,8 @@ def losses(model, twin, tokens):
 # -- what the features stand for
 
 
-class Features:
-    """Which features fire on tokens (n, T), as a Recording says it of codes; and how strongly.
+class Features(Fired):
+    """Which features fire on tokens (n, T); strength: for each, how strongly where it fires.
 
     A feature whose strength can be negative counts as two, one for each end.
     """
@@ -117,38 +118,34 @@ class Features:
     def __init__(self, model, tokens, choose):
         modules = sites(model)
         first = {}  # the number of each site's features of id 0, (G, 1)
-        self.n = 0
+        n = 0
         for name, module in modules.items():
-            first[name] = self.n + module.n_codes * torch.arange(module.groups).unsqueeze(-1)
-            self.n += module.groups * module.n_codes
-        self.names = range(2 * self.n)
+            first[name] = n + 2 * module.n_codes * torch.arange(module.groups).unsqueeze(-1)
+            n += 2 * module.groups * module.n_codes
         fired = []
         strengths = []
 
         def listen(name, a, q):
             module = modules[name]
             strength = getattr(module, "strengths", torch.ones(module.ids.shape))
-            number = 2 * (module.ids + first[name]) + (strength < 0)
-            number[strength == 0] = 2 * self.n
-            fired.append(number.flatten(2).int())
+            number = first[name] + 2 * module.ids + (strength < 0)
+            number[strength == 0] = n
+            fired.append(number.flatten(2))
             strengths.append(strength.abs().flatten(2))
             return choose(name, a, q)
 
-        rows = []
-        for part in tokens.split(16):
-            fired.clear()
-            strengths.clear()
-            with passing_on(model, listen):
+        def joined(parts):
+            """What was heard of each part of the tokens at each site, as (n * T, columns)."""
+            rows = [
+                torch.cat(parts[i : i + len(first)], -1) for i in range(0, len(parts), len(first))
+            ]
+            return torch.cat(rows).flatten(0, 1).numpy()
+
+        with passing_on(model, listen):
+            for part in tokens.split(16):
                 model(part)
-            rows.append([torch.cat(parts, dim=-1).flatten(0, 1) for parts in (fired, strengths)])
-        self.fired, strength = (
-            torch.cat(parts).numpy() for parts in zip(*rows)
-        )  # (n * T, columns)
-        self.count = np.bincount(self.fired.ravel(), minlength=2 * self.n + 1)[:-1]
-        order = np.argsort(self.fired, axis=None, kind="stable")
-        ends = np.cumsum(self.count)
-        self.where = np.split(order // self.fired.shape[1], ends)[:-1]
-        self.strength = np.split(strength.ravel()[order], ends)[:-1]
+        super().__init__(joined(fired), n)
+        self.strength = self.split(joined(strengths).ravel()[self.order()])
 
     def figures(self):
         """Features a token, and the share that never fires."""

@@ -21,6 +21,12 @@ from minicode.study.machine import add_mean_difference, control, draw_pairs
 
 LABELS = ("state", "trigram")  # what features are to detect
 N_PAIRS = 1000  # of states, by which control is measured
+COLUMNS = (  # of the tables
+    ("error", "loss", "loss_one", "loss_zero", "recovered", "chosen", "dead", "seconds"),
+    ("state_precision", "state_recall", "state_at_95"),
+    ("trigram_precision", "trigram_recall", "trigram_at_95"),
+    ("control_first", "control_inside", "mean_iou", "chance"),
+)
 DETECTION = ("precision", "recall", "at_95")
 
 

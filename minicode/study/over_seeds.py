@@ -1,54 +1,53 @@
-"""Tables in Markdown and charts, of figures over several seeds."""
+"""Runs over several seeds: trained unless they were, and their figures as tables and charts."""
 
 from collections import defaultdict
 
 import numpy as np
 
 from minicode.runtime.files import write
+from minicode.runtime.runs import load_run
 from minicode.study.figures import lines
 
-COMPARED = (  # the columns of the tables of minicode.compare
-    ("error", "loss", "loss_one", "loss_zero", "recovered", "chosen", "dead", "seconds"),
-    ("state_precision", "state_recall", "state_at_95"),
-    ("trigram_precision", "trigram_recall", "trigram_at_95"),
-    ("control_first", "control_inside", "mean_iou", "chance"),
-)
+
+def trained(train, folder, flags):
+    """The run in a folder, which the command `train` trains there, or trains on, unless it was."""
+    again = "--resume" if (folder / "config.json").exists() else "--overwrite"
+    status = train(["--out", str(folder), again, *flags])
+    if status:
+        raise SystemExit(status)
+    return load_run(folder)
+
+
+def table(corner, columns, rows):
+    """Markdown: the names of columns; rows {name: cells}."""
+    head = [line([corner, *columns]), "|---" * (1 + len(columns)) + "|"]
+    return "\n".join(head + [line([name, *cells]) for name, cells in rows.items()])
 
 
 def line(cells):
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(cells)} |".replace("_", " ")
 
 
-def head(names):
-    """The first two lines."""
-    return [line(name.replace("_", " ") for name in names), "|---" * len(names) + "|"]
+def cells(results, names):
+    """The figures of these names in the results of each seed: mean, lowest and highest."""
+    return [cell([figures[name] for figures in results if name in figures]) for name in names]
 
 
-def cell(results, name):
-    """Mean, lowest and highest of the figures of a name, of those results that have it."""
-    values = [figures[name] for figures in results if name in figures]
+def cell(values):
     if not values:
         return "-"
-    return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+    mean = f"{np.mean(values):.3f}"
+    return f"{mean} ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else mean
 
 
-def table(columns, rows):
-    """Means over seeds, with the lowest and the highest: columns of rows {(method, k): figures}."""
-    text = head(["method, k", *columns])
-    for (method, k), results in rows.items():
-        title = f"{method}, {k}" if k else method
-        text.append(line([title, *(cell(results, column) for column in columns)]))
-    return "\n".join(text)
-
-
-def draw(rows, folder):
-    """Charts of rows {(method, k): [figures, ...]}, a line for each method that has a k."""
+def draw(results, folder):
+    """Charts of results {(method, k): [figures, ...]}, a line for each method that has a k."""
     errors = defaultdict(list)  # of each method: (k, error), (error, share of states)
     readable = defaultdict(list)
-    for (method, k), results in rows.items():
+    for (method, k), found in results.items():
         if k and method != "random codes":  # which are off the chart
-            error = np.mean([figures["error"] for figures in results])
-            share = np.mean([figures["trigram_at_95"] for figures in results])
+            error = np.mean([figures["error"] for figures in found])
+            share = np.mean([figures["trigram_at_95"] for figures in found])
             errors[method].append((k, error))
             readable[method].append((error, share))
     folder.mkdir(parents=True, exist_ok=True)
