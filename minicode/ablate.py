@@ -46,9 +46,9 @@ def main(argv=None):
         results[idea] = [figures(args, asked, idea, seed) for seed in range(args.seeds)]
     rows = {}
     for idea in ideas:
-        rows[f"{idea} `{asked.rows[idea]}`".replace(" ``", "")] = cells(
-            results[idea], asked.columns
-        )
+        flags = asked.rows[idea]
+        title = f"{idea} `{flags}`" if flags else idea
+        rows[title] = cells(results[idea], asked.columns)
         if idea in asked.theirs:
             rows[f"{idea}: the paper's"] = cells([asked.theirs[idea]], asked.columns)
     print(table("idea", asked.columns, rows))
@@ -78,8 +78,8 @@ def make_parser():
     flag("table", nargs="?", choices=TABLES, default="fsm", metavar="TABLE", help=about)
     flag("--only", nargs="+", metavar="IDEA", help="these rows (default: all)")
     flag("--data", metavar="FILE", help="of the tables on text: your own (default: stories)")
-    again = "flags of interpret, in quotes, more than once if need be (default: '', every measure)"
-    flag("--interpret", action="append", metavar="FLAGS", help=again)
+    text = "in quotes, and as often as you like: what is asked of each run (default: every measure)"
+    flag("--interpret", action="append", metavar="FLAGS", help=text)
     out = Path("runs/ablate")
     flag("--out", type=Path, default=out, help="folder of the runs (default: %(default)s)")
     flag("--seeds", type=int, default=3, help="seeds of each (default: 3)")
@@ -93,9 +93,12 @@ def figures(args, asked, idea, seed):
     steps = asked.steps if args.steps is None else args.steps
     flags = f"--steps {steps} --eval-every {max(1, steps // 20)} --seed {seed} {asked.rows[idea]}"
     flags = flags.split() + (["--data", args.data] if args.data else [])
-    questions = args.interpret or [""] if asked.codes else []
-    if seed and asked.codes:
-        questions.append(f"--compare {shlex.quote(str(folder.with_name(name(idea, 0))))}")
+    questions = []
+    if asked.codes:
+        questions += args.interpret or [""]
+        if seed:
+            first = folder.with_name(name(idea, 0))
+            questions.append(f"--compare {shlex.quote(str(first))}")
     path = folder / "ablation.json"
     if path.exists():
         known = json.loads(path.read_bytes())

@@ -135,7 +135,7 @@ def test_codes_are_interpreted_in_a_second_table(tmp_path, monkeypatch, capsys):
 def test_other_questions_are_asked_without_training_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(detectors, "N_SEQUENCES", 16)
     monkeypatch.setitem(ideas.TABLES, "results", replace(ideas.RESULTS, rows={"small": SMALL}))
-    flags = ["results", "--out", str(tmp_path), "--seeds", "1", "--steps", "4"]
+    flags = ["results", "--out", str(tmp_path), "--seeds", "2", "--steps", "4"]
     main([*flags, "--interpret", "--code mlp.0.3"])
     weights = (tmp_path / "results" / "small-0" / "model.pt").stat()
     asked = "--search '(0|1) 2' --recall 0"
@@ -143,6 +143,9 @@ def test_other_questions_are_asked_without_training_again(tmp_path, monkeypatch,
     assert (tmp_path / "results" / "small-0" / "model.pt").stat() == weights
     kept = json.loads((tmp_path / "results" / "small-0" / "ablation.json").read_bytes())
     assert kept["search"] == "(0|1) 2" and kept["code"] == "mlp.0.4"
+    assert kept["questions"] == [asked, "--code mlp.0.4"]
+    kept = json.loads((tmp_path / "results" / "small-1" / "ablation.json").read_bytes())
+    assert kept["questions"] == [asked, "--code mlp.0.4", f"--compare {tmp_path}/results/small-0"]
 
 
 def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch, capsys):

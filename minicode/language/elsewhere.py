@@ -22,8 +22,8 @@ from minicode.language.documents import HELD_OUT, read_documents
 from minicode.language.stories import stories
 from minicode.study.detectors import detect, matches, n_recorded, record_codes
 
-NEAR = 32
-LEAST = 100
+NEAR = 32  # tokens
+LEAST = 100  # positions
 MOST_WINDOWS = 1500  # of a file
 MEASURES = ("precision", "chance", "recall")
 
@@ -57,8 +57,9 @@ def elsewhere(run, recording, kinds, paths):
 
 
 def places(run, recording, labels, paths):
-    """Of each place its name, tokens (n, T), where each topic is the subject, bool (topics, N),
-    and where it could be, bool (N)."""
+    """(name, tokens (n, T), there, among): where each topic is the subject, bool (topics, N), and
+    where it could be, bool (N).
+    """
     yield "at home", recording.tokens, *of_stories(labels)
     size = n_recorded(run), run.config.block_size
     for place, told in ("two topics", two_topics()), ("other words", in_other_words()):
