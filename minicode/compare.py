@@ -17,7 +17,7 @@ control       the share of next states that follow b, as all sites get the featu
               in b's run (study/machine.py): at the first state, and inside a sequence
 mean iou      of a feature and the best of seed 0, by where they fire; and by chance
 
-Each row is written as it ends. Stopped, the command goes on with the row it was at.
+Each row is kept, in its dense twin's folder: stopped, the command goes on with the next.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import torch
 
 from minicode.model import GPTConfig
 from minicode.runtime.arguments import check_range
-from minicode.runtime.files import write
+from minicode.runtime.files import read_json, write
 from minicode.runtime.options import Parser
 from minicode.runtime.streams import outlive
 from minicode.study.features import Features, replaced
@@ -53,6 +53,8 @@ def main(argv=None):
         for k in args.k:
             check_range("--k", k, least=1, below=GPTConfig.n_codes_head + 1)
         results = {row: [] for row in ways(args)}
+        if not results:
+            raise ValueError("codebooks of the nearest code, k = 1, are those by pursuit")
         for seed in range(args.seeds):
             for method, k in results:
                 results[method, k].append(figures(args, method, k, seed))
@@ -88,9 +90,9 @@ def make_parser():
 def figures(args, method, k, seed):
     """A row's figures: those in its file, or they are made and written there."""
     twin = dense(args, seed)  # which refuses other flags than it was trained with
-    path = args.out / f"{name(method, k)}-{seed}.json"
+    path = twin.folder / f"{name(method, k)}.json"
     if path.exists():
-        return json.loads(path.read_bytes())
+        return read_json(path, dict)
     if method in WITHOUT_K:
         found = WITHOUT_K[method](twin)
     else:
@@ -110,28 +112,28 @@ def title(method, k):
 
 
 def name(method, k):
-    """Of its files."""
     return "-".join(re.findall(r"\w+", title(method, k)))
 
 
 def fitted(args, method, k, seed):
     """A model with features, what its sites pass on, and how many seconds it was trained."""
     if method in CODEBOOKS:
-        flags = ("--k", str(k), "--selection", CODEBOOKS[method])
-        run = network(args.out / f"{name(method, k)}-{seed}", seed, *flags, *args.train)
+        flags = f"--codebooks head,mlp --k {k} --selection {CODEBOOKS[method]} --seed {seed}".split()
+        run = network(args.out / f"{name(method, k)}-{seed}", *args.train, *flags)
         return run.model, replaced, run.summary["seconds"]
     twin = dense(args, seed)
     torch.manual_seed(seed)
-    return read(twin, method, k, args.out / f"{name(method, k)}-{seed}.pt")
+    return read(twin, method, k, twin.folder / f"{name(method, k)}.pt")
 
 
 def dense(args, seed):
-    return network(args.out / f"dense-{seed}", seed, "--codebooks", "none", *args.train)
+    flags = f"--codebooks none --seed {seed}".split()
+    return network(args.out / f"dense-{seed}", *args.train, *flags)
 
 
 @cache
-def network(folder, seed, *flags):
-    return trained(train_fsm, folder, ["--seed", str(seed), *flags])
+def network(folder, *flags):
+    return trained(train_fsm, folder, flags)
 
 
 if __name__ == "__main__":

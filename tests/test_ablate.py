@@ -88,21 +88,18 @@ def test_a_table_with_a_method_replaced_is_made_once(tmp_path, monkeypatch, caps
     assert Codebook.start is before
     head, rule, row = capsys.readouterr().out.splitlines()[-3:]
     assert head == "| idea | loss | transition accuracy | dead code fraction | control mlp |"
-    assert rule == "|---|---|---|---|---|"
-    figures = json.loads(
-        (tmp_path / "fsm" / "a-small-one-0" / "ablation.json").read_text(encoding="utf-8")
-    )
-    loss = f"{figures['loss']:.3f}"
-    assert row.startswith(f"| a small one `{SMALL}` | {loss} | ")
+    assert rule == "| --- | --- | --- | --- | --- |"
+    path = tmp_path / "fsm" / "a-small-one-0" / "answers.json"
+    figures = json.loads(path.read_bytes())["training"]
+    assert row.startswith(f"| a small one `{SMALL}` | {figures['loss']:.3f} | ")
     assert 0 <= figures["control_mlp"] <= 1
     assert figures["step"] == 2
 
-    monkeypatch.setitem(ablate.COMMANDS, "train_fsm", lambda argv: pytest.fail("trained again"))
+    weights = path.with_name("model.pt").stat()
     main(flags)
-    assert capsys.readouterr().out.splitlines() == [head, rule, row]
+    assert capsys.readouterr().out.splitlines()[-3:] == [head, rule, row]
+    assert path.with_name("model.pt").stat() == weights  # it is not trained again
     flags[flags.index("2")] = "3"
-    monkeypatch.undo()
-    monkeypatch.setitem(ideas.FSM.rows, "a small one", SMALL)
     assert "has other settings" in refusal(main, *flags, capsys=capsys)
 
 
@@ -113,39 +110,55 @@ def test_codes_are_interpreted_in_a_second_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(ideas.TABLES, "results", replace(ideas.RESULTS, rows=rows))
     main(["results", "--out", str(tmp_path), "--seeds", "2", "--steps", "4"])
     lines = capsys.readouterr().out.splitlines()
-    second = lines[lines.index("| what its codes do | small | dense |") :]
     found = []
     for seed in range(2):
         folder = tmp_path / "results" / f"small-{seed}"
         found.append(json.loads((folder / "interpret.json").read_bytes()))
     precisions = [one["detectors"]["code_precision"] for one in found]
     controls = [one["control"]["all"]["inside"]["control"] for one in found]
+    second = lines[lines.index("| `interpret ` | small | dense |") :]
     for name, values in (
         ("detectors code precision", precisions),
         ("control all inside control", controls),
     ):
         cell = f"{sum(values) / 2:.3f} ({min(values):.3f} to {max(values):.3f})"
         assert f"| {name} | {cell} | - |" in second
-    (agreement,) = (line for line in second if line.startswith("| mean iou "))
     folders = [str(tmp_path / "results" / f"small-{seed}") for seed in (1, 0)]
-    shared = interpret(["--run", folders[0], "--compare", folders[1]])["mean_iou"]
-    assert agreement == f"| mean iou | {shared:.3f} | - |"  # of seed 1 with seed 0
+    asked = f"--compare {folders[1]}"
+    third = second[second.index(f"| `interpret {asked}` | small | dense |".replace("_", " ")) :]
+    shared = interpret(["--run", folders[0], *asked.split()])["mean_iou"]
+    assert f"| mean iou | {shared:.3f} | - |" in third  # of seed 1 with seed 0
 
 
-def test_other_questions_are_asked_without_training_again(tmp_path, monkeypatch, capsys):
+def test_each_question_is_asked_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(detectors, "N_SEQUENCES", 16)
     monkeypatch.setitem(ideas.TABLES, "results", replace(ideas.RESULTS, rows={"small": SMALL}))
     flags = ["results", "--out", str(tmp_path), "--seeds", "2", "--steps", "4"]
-    main([*flags, "--interpret", "--code mlp.0.3"])
-    weights = (tmp_path / "results" / "small-0" / "model.pt").stat()
-    asked = "--search '(0|1) 2' --recall 0"
-    main([*flags, "--interpret", asked, "--interpret", "--code mlp.0.4"])
-    assert (tmp_path / "results" / "small-0" / "model.pt").stat() == weights
-    kept = json.loads((tmp_path / "results" / "small-0" / "ablation.json").read_bytes())
-    assert kept["search"] == "(0|1) 2" and kept["code"] == "mlp.0.4"
-    assert kept["questions"] == [asked, "--code mlp.0.4"]
-    kept = json.loads((tmp_path / "results" / "small-1" / "ablation.json").read_bytes())
-    assert kept["questions"] == [asked, "--code mlp.0.4", f"--compare {tmp_path}/results/small-0"]
+    search = "--search '(0|1) 2' --recall 0"
+    main([*flags, "--interpret", search])
+    capsys.readouterr()
+    asked = []
+
+    def ask(argv):
+        asked.append(argv[2:])
+        return interpret(argv)
+
+    monkeypatch.setattr(ablate, "interpret", ask)
+    codes = [f"--code mlp.0.{i}" for i in range(2)]
+    flags += [flag for question in (search, *codes) for flag in ("--interpret", question)]
+    main(flags)
+    assert asked == 2 * [question.split() for question in codes]
+    last = capsys.readouterr().out.split("| `interpret ")[1:]
+    assert [table.split("`")[0] for table in last] == [
+        search, *codes, f"--compare {tmp_path}/results/small-0".replace("_", " ")
+    ]  # fmt: skip
+    for i, table in enumerate(last[1:3]):
+        kept = [
+            json.loads((tmp_path / "results" / f"small-{seed}" / "answers.json").read_bytes())
+            for seed in range(2)
+        ]
+        counts = [one[codes[i]]["count"] for one in kept]
+        assert f"| count | {sum(counts) / 2:.3f} ({min(counts):.3f} to " in table
 
 
 def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch, capsys):
@@ -170,6 +183,8 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch, capsys):
         (["magic"], "invalid choice: 'magic'"),
         (["--data", "x.txt"], "--data goes with the tables text and language alone"),
         (["--interpret", "--code mlp.0.1"], "--interpret goes with the tables results and"),
+        (["results", "--interpret", "--serch x"], "unrecognized arguments: --serch x"),
+        (["results", "--interpret", "--search 'x"], "No closing quotation"),
         (["--seeds", "0"], "--seeds must be at least 1"),
         (["--steps", "0"], "must be at least 1"),
     ],
@@ -179,7 +194,8 @@ def test_bad_input_ends_in_one_line(flags, words, tmp_path, capsys):
 
 
 def test_the_paper_stands_beside_its_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ablate, "figures", lambda *args: {"loss": 1.2, "accuracy": 0.46})
+    answers = {"training": {"loss": 1.2, "accuracy": 0.46}}
+    monkeypatch.setattr(ablate, "answers", lambda *args: answers)
     main(["paper", "--out", str(tmp_path), "--only", "no codebooks", "--seeds", "2"])
     lines = capsys.readouterr().out.splitlines()
     mean = "1.200 (1.200 to 1.200) | 0.460 (0.460 to 0.460)"

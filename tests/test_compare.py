@@ -211,7 +211,7 @@ def test_the_tables_are_of_the_files(few, tmp_path, monkeypatch, capsys):
     tables = [line.split("|")[1:-1] for line in printed[-n_lines:]]
     for method in ONLY:
         name = compare.name(method, None if method in compare.WITHOUT_K else 1)
-        files = [tmp_path / f"{name}-{seed}.json" for seed in range(2)]
+        files = [tmp_path / f"dense-{seed}" / f"{name}.json" for seed in range(2)]
         results = [json.loads(file.read_bytes()) for file in files]
         of_method = [row for row in tables if row[0].strip().startswith(method)]
         assert len(of_method) == len(judge.COLUMNS)
@@ -225,7 +225,7 @@ def test_the_tables_are_of_the_files(few, tmp_path, monkeypatch, capsys):
                 if len(values) == 1:  # agreement, of one pair
                     expected = f"{values[0]:.3f}"
                 assert cell.strip() == expected
-    assert {"mean_iou", "chance"} <= figures_of(tmp_path, "TopK-1-1").keys()
+    assert {"mean_iou", "chance"} <= figures_of(tmp_path / "dense-1", "TopK-1").keys()
 
     monkeypatch.setattr(compare, "judge", lambda *args: pytest.fail("judged again"))
     monkeypatch.setattr(compare, "read", lambda *args: pytest.fail("trained again"))
@@ -240,6 +240,17 @@ def test_the_tables_are_of_the_files(few, tmp_path, monkeypatch, capsys):
     assert "has other settings" in refusal(compare.main, *flags, capsys=capsys)
 
 
+def test_flags_for_all_networks_leave_each_row_its_own(few, tmp_path):
+    flags = ["--seeds", "2", "--k", "2", "--only", "codebooks, pursuit", *SMALL, "--steps", "4"]
+    others = ["--seed", "5", "--k", "3", "--codebooks", "head"]
+    compare.main(["--out", str(tmp_path), *flags, *others])
+    for seed in range(2):
+        dense = load_run(tmp_path / f"dense-{seed}").config
+        assert (dense.seed, dense.codebooks) == (seed, "none")
+        codes = load_run(tmp_path / f"codebooks-pursuit-2-{seed}").config
+        assert (codes.seed, codes.k) == (seed, 2)
+
+
 def figures_of(folder, name):
     return json.loads((folder / f"{name}.json").read_bytes())
 
@@ -249,6 +260,7 @@ def figures_of(folder, name):
     [
         (["--only", "magic"], "invalid choice: 'magic'"),
         (["--seeds", "0"], "--seeds must be at least 1"),
+        (["--only", "codebooks, nearest", "--k", "1"], "k = 1, are those by pursuit"),
         (["--k", "0"], "--k must be at least 1"),
         (["--k", "2", "17"], "--k must be below 17, not 17"),
         (["--train", "--steps", "0"], "steps must be at least 1"),

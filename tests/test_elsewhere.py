@@ -49,67 +49,77 @@ def test_of_two_topics_the_second_alone_is_told():
 
 
 def test_measures_by_hand():
-    class Recording:
-        where = [np.array([0, 1, 2, 6, 7])]  # noqa: RUF012
+    fired = np.array([[9, 0], [0, 9], [0, 1], [9, 9], [9, 9], [9, 9], [1, 0], [0, 9]])
 
-    there, among = elsewhere.of_stories(LABELS)
-    assert there.shape == (len(stories().topics), 8)
-    found = elsewhere.measure(Recording, 0, there[0], among)
-    # Of 6 positions with a topic 3 are of topic 0; it fires at 1, 2 and 6 of them, all right.
-    assert found == {"precision": 1, "chance": 3 / 6, "recall": 1}
-    found = elsewhere.measure(Recording, 0, there[1], np.ones(8, bool))
-    assert found == {"precision": 0, "chance": 3 / 8, "recall": 0}
+    class Recording:  # code 0 fires at 0, 1, 2, 6 and 7
+        pass
+
+    Recording.fired = fired
+    about, among = elsewhere.of_stories(LABELS)
+    assert about.shape == (len(stories().topics), 8)
+    # Of the 6 positions with a topic 3 are of topic 0; it fires at 3 of them: 1, 2 and 6.
+    found = elsewhere.counts(Recording, 0, about[0], among)
+    assert found == (3, 3, 3 * 3 / 6, 3)
+    assert elsewhere.measures(found) == {"fires": 3, "precision": 1, "chance": 0.5, "recall": 1}
+    found = elsewhere.counts(Recording, 0, about[1], np.ones(8, bool))
+    assert found == (5, 0, 5 * 3 / 8, 3)
+    nothing = elsewhere.measures((0, 0, 0.0, 0))
+    assert nothing == {"fires": 0, "precision": 0, "chance": 0, "recall": 0}
 
 
-def test_a_file_is_about_a_topic_behind_its_word(stories_run, tmp_path):  # noqa: F811
+def test_a_document_is_about_a_topic_from_its_word_on(stories_run, tmp_path):  # noqa: F811
     data = load_run(stories_run).data
     path = tmp_path / "text.txt"
-    path.write_text(" ".join(["no", "dragon", *40 * ["no"]]), encoding="utf-8")
-    n = len(data.tokenizer.encode(path.read_text(encoding="utf-8"))) // 4 * 4
-    tokens, there, among = elsewhere.of_file(data, path, n)
-    first = next(at for at, text in enumerate(data.texts(tokens)[0]) if text == " dragon")
-    at = np.flatnonzero(there[list(stories().topics).index("dragon")])
-    assert at.tolist() == [*range(first, min(n, first + elsewhere.NEAR))]
-    assert there.sum() == len(at) and among.all()
+    no = " no no no"
+    path.write_text(f"no dragon{no}\n\n{no} a king\n\n{no}{no}", encoding="utf-8")
+    tokens, about, among = elsewhere.of_file(data, path, 5, 4)
+    assert tokens.shape == (5, 4) and among.all()
+    texts = [text for row in data.texts(tokens) for text in row]
+    dragon, royals = (list(stories().topics).index(name) for name in ("dragon", "royals"))
+    (first,) = (at for at, text in enumerate(texts) if text == " dragon")
+    (king,) = (at for at, text in enumerate(texts) if text == " king")
+    ends = [at for at, text in enumerate(texts) if text == "\n\n"]
+    assert len(ends) == 3
+    # Up to the end of its window of 4, or of its document.
+    end = min(first // 4 * 4 + 4, ends[1])
+    assert np.flatnonzero(about[dragon]).tolist() == [*range(first, end)]
+    end = min(king // 4 * 4 + 4, ends[2])
+    assert np.flatnonzero(about[royals]).tolist() == [*range(king, end)]
+    assert about.sum() == about[[dragon, royals]].sum()
 
 
 def test_the_codes_are_those_of_home(stories_run, tmp_path, capsys):  # noqa: F811
     path = tmp_path / "text.txt"
-    path.write_text(
-        "\n\n".join(40 * ["The king saw no dragon, and the king was sad."]), encoding="utf-8"
-    )
+    text = 40 * ["The king saw no dragon, and the king was sad."]
+    path.write_text("\n\n".join(text), encoding="utf-8")
     result = interpret(["--run", str(stories_run), "--elsewhere", str(path), "--json"])
     assert json.loads(capsys.readouterr().out) == result
-    assert [*result] == ["at home", "two topics", "other words", str(path)]
+    home = "held-out stories"
+    assert [*result] == [home, "stories, two topics", "stories, other words", str(path)]
     run = load_run(stories_run)
     tokens, kinds = held_out(run)
     recording = record_codes(run.model, tokens)
     labels = kinds["topic"][0].ravel()
-    dragon = result["at home"]["codes"]["dragon"]
+    dragon = result[home]["codes"]["dragon"]
     fires = recording.where[[str(name) for name in recording.names].index(dragon["code"])]
     right = labels[fires] == run.data.topics.index("dragon")
     assert dragon["precision"] == pytest.approx(right.sum() / (labels[fires] >= 0).sum())
-    assert result["other words"]["topics"] == 12
-    assert result[str(path)]["codes"].keys() == {"dragon", "royals"}
     for place in result.values():
-        means = [
-            np.mean([row[name] for row in place["codes"].values()]) for name in elsewhere.MEASURES
+        rows = place["codes"]
+        assert rows.keys() == stories().topics.keys()
+        assert place["fires"] == sum(row["fires"] for row in rows.values())
+        right = sum(row["fires"] * row["precision"] for row in rows.values())
+        assert place["precision"] == pytest.approx(right / place["fires"])
+        assert [row["code"] for row in rows.values()] == [
+            row["code"] for row in result[home]["codes"].values()
         ]
-        assert means == pytest.approx([place[name] for name in elsewhere.MEASURES])
-        assert {row["code"] for row in place["codes"].values()} <= {
-            row["code"] for row in result["at home"]["codes"].values()
-        }
 
 
 def test_what_cannot_be_asked_is_one_line(stories_run, tiny_run, tmp_path, capsys):  # noqa: F811
     asked = "--run", stories_run, "--elsewhere"
     path = tmp_path / "text.txt"
     assert "there is no file" in refusal(interpret, *asked, path, capsys=capsys)
-    for text, words in (
-        ("no topic", "has fewer than 32 tokens"),
-        ("no topic " * 300, "none of the stories' topics is named often enough"),
-    ):
-        path.write_text(text, encoding="utf-8")
-        assert words in refusal(interpret, *asked, path, capsys=capsys)
+    path.write_text("no topic", encoding="utf-8")
+    assert "has fewer than 32 tokens" in refusal(interpret, *asked, path, capsys=capsys)
     line = refusal(interpret, "--run", tiny_run, "--elsewhere", capsys=capsys)
     assert "--elsewhere wants a run on stories" in line

@@ -1,89 +1,78 @@
 """Does a code mean the same elsewhere? The stories' topics, in text that is unlike the training's.
 
-The code that detects a topic best in held-out stories is taken to
+Each topic's code is the one that detects it best in held-out stories, on which it is measured
+first. Then come
 
-two topics    the second topic of stories that have two
-other words   stories that tell of it in sentences which are in no other, and don't name it
-FILE          text of yours: a topic is there up to NEAR tokens after a word that names it
+two topics    stories that have two, from where the second comes in: whether it is found
+other words   stories that tell of a topic in sentences that are in no other, and don't name it
+FILE          the beginning of a text of yours: of a document what comes after a word that names a
+              topic is about it. Words that no story has are read byte by byte.
 
-precision     of the positions at which it fires, the share where its topic is the subject; in
-              stories without those that have no topic yet. chance: the share of all positions
-recall        of the positions where its topic is the subject, the share at which it fires
+precision     of the positions at which a topic's code fires, the share that is about it (in stories
+              of those that are about any); and by chance, if it fired as often anywhere
+recall        of the positions that are about a topic, the share at which its code fires
 
-All are means over topics, in a file over those of which there are LEAST positions.
+Both are of all topics together: each fire, and each position, counts as much.
 """
 
 from itertools import count
 
 import numpy as np
-from tqdm import tqdm
 
 from minicode.language.documents import HELD_OUT, read_documents
 from minicode.language.stories import stories
+from minicode.runtime.progress import bar
 from minicode.study.detectors import detect, matches, n_recorded, record_codes
-
-NEAR = 32  # tokens
-LEAST = 100  # positions
-MOST_WINDOWS = 1500  # of a file
-MEASURES = ("precision", "chance", "recall")
 
 
 def elsewhere(run, recording, kinds, paths):
-    """What the best codes of the topics do there: a dict by place, and a table for people.
+    """{place: its measures, and by "codes" those of each topic}, and a table for people.
 
-    Of a place the means, "topics": how many there are, and "codes": {topic: those of its code}.
-    recording and kinds as `held_out` gives them. ValueError for a run that is not on stories, and
-    for a file in which no topic is named often enough.
+    recording and kinds as `held_out` gives them. ValueError for a run that is not on stories.
     """
     if not (run.tokenizer and run.data.topics):
         raise ValueError("--elsewhere wants a run on stories: of them the topics are known")
     labels, names = kinds["topic"]
     best = detect(recording, labels, names).f1.argmax(0)
-    result = {}
-    bar = tqdm([*places(run, recording, labels, paths)], "elsewhere", leave=False, disable=None)
-    for place, tokens, there, among in bar:
-        often = there.sum(1) >= LEAST
-        if not often.any():
-            raise ValueError(f"{place}: none of the stories' topics is named often enough")
-        found = recording if place == "at home" else record_codes(run.model, tokens)
-        codes = {}
-        for topic in np.flatnonzero(often):
-            code = best[topic]
-            row = measure(found, code, there[topic], among)
-            codes[names[topic]] = {"code": str(found.names[code]), **row}
-        means = {name: float(np.mean([row[name] for row in codes.values()])) for name in MEASURES}
-        result[place] = {"topics": len(codes), **means, "codes": codes}
-    return result, describe(result)
-
-
-def places(run, recording, labels, paths):
-    """(name, tokens (n, T), there, among): where each topic is the subject, bool (topics, N), and
-    where it could be, bool (N).
-    """
-    yield "at home", recording.tokens, *of_stories(labels)
+    places = {"held-out stories": (recording.tokens, *of_stories(labels))}
     size = n_recorded(run), run.config.block_size
     for place, told in ("two topics", two_topics()), ("other words", in_other_words()):
         tokens, labels = run.data.windows_of(told, *size)
-        yield place, tokens, *of_stories(labels)
+        places[f"stories, {place}"] = (tokens, *of_stories(labels))
     for path in paths:
-        yield path, *of_file(run.data, path, size[1])
+        places[path] = of_file(run.data, path, 3 * size[0], size[1])
+    result = {}
+    for place, (tokens, about, among) in bar(places.items(), desc="elsewhere", leave=False):
+        found = record_codes(run.model, tokens)
+        rows = [counts(found, code, topic, among) for code, topic in zip(best, about)]
+        result[place] = measures(np.sum(rows, axis=0)) | {"tokens": tokens.size, "codes": {}}
+        for name, code, row in zip(names, best, rows):
+            result[place]["codes"][name] = {"code": str(found.names[code]), **measures(row)}
+    return result, describe(result)
 
 
-def measure(recording, code, there, among):
-    """Of a code where its topic is the subject, bool (N), among some of all positions, bool (N)."""
-    fires = np.zeros(len(there), bool)
-    fires[recording.where[code]] = True
-    fires &= among
-    right = (fires & there).sum()
+def counts(recording, code, about, among):
+    """Of a code, whose topic the positions `about` are, bool (N), and some of all, `among` (N).
+
+    How often it fires, is right, would be by chance, and how many positions there are to find.
+    """
+    fires = (recording.fired == code).any(1) & among
+    by_chance = fires.sum() * about.sum() / among.sum()
+    return fires.sum(), (fires & about).sum(), by_chance, about.sum()
+
+
+def measures(row):
+    fires, right, by_chance, there = row
     return {
-        "precision": float(right / max(1, fires.sum())),
-        "chance": float(there.sum() / among.sum()),
-        "recall": float(right / there.sum()),
+        "fires": int(fires),
+        "precision": float(right / max(1, fires)),
+        "chance": float(by_chance / max(1, fires)),
+        "recall": float(right / max(1, there)),
     }
 
 
 def of_stories(labels):
-    """Where each topic is the subject, bool (topics, N), and where one of them is, (N)."""
+    """The positions about each topic, bool (topics, N), and those about one of them, (N)."""
     labels = labels.ravel()
     return labels == np.arange(len(stories().topics))[:, None], labels >= 0
 
@@ -101,32 +90,37 @@ def in_other_words():
     return map(stories().in_other_words, count(step=HELD_OUT))
 
 
-def of_file(data, path, length):
-    """Windows of a file, where each topic is the subject (topics, N), and everywhere (N)."""
+def of_file(data, path, n, length):
+    """Up to n windows of a file, the positions about each topic (topics, N), and all of them."""
     every = []
     for text, _ in read_documents([path]):
-        every += [*data.tokenizer.encode(text), data.tokenizer.separator]
-        if len(every) >= MOST_WINDOWS * length:
+        every += [data.tokenizer.separator, *data.tokenizer.encode(text)]
+        if len(every) >= n * length:
             break
-    n = min(len(every) // length, MOST_WINDOWS)
+    n = min(len(every) // length, n)
     if not n:
         raise ValueError(f"{path} has fewer than {length} tokens")
     tokens = np.array(every[: n * length]).reshape(n, length)
+    begin = last_at(tokens == data.tokenizer.separator)
     texts = data.texts(tokens)
-    there = []
+    about = []
     for mention in stories().mention.values():
-        named = matches(texts, mention) == 0
-        near = named.copy()
-        for distance in range(1, min(NEAR, length)):
-            near[:, distance:] |= named[:, :-distance]
-        there.append(near.ravel())
-    return tokens, np.array(there), np.ones(tokens.size, bool)
+        named = last_at(matches(texts, mention) == 0)
+        about.append((named > begin).ravel())
+    return tokens, np.array(about), np.ones(tokens.size, bool)
+
+
+def last_at(there):
+    """Of each position of a window (n, T) the last, up to it, where it is true; -1 for none."""
+    at = np.where(there, np.arange(there.shape[1]), -1)
+    return np.maximum.accumulate(at, axis=1)
 
 
 def describe(result):
     """The table for people."""
-    lines = [f"{'the best code of each topic':28}topics  precision  by chance  recall"]
+    lines = [f"{'the best code of each topic':28}  tokens  fires  precision  by chance  recall"]
     for place, found in result.items():
-        precision, chance, recall = (found[name] for name in MEASURES)
-        lines.append(f"{place:28}{found['topics']:6}{precision:11.3f}{chance:11.3f}{recall:8.3f}")
+        counted = f"{place:28}{found['tokens']:8}{found['fires']:7}"
+        shares = f"{found['precision']:11.3f}{found['chance']:11.3f}{found['recall']:8.3f}"
+        lines.append(counted + shares)
     return "\n".join(lines)

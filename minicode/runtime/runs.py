@@ -31,7 +31,7 @@ from minicode.runtime.options import option
 
 VERSION = 7  # of the files in a run's folder
 # By minicode.interpret and minicode.sample:
-MADE_LATER = ("interpret.json", "report.html", "steering.json")
+MADE_LATER = ("interpret.json", "report.html", "steering.json", "answers.json")
 FILES = (
     "config.json",
     FSM.file,

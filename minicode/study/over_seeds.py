@@ -11,8 +11,8 @@ from minicode.study.figures import lines
 
 def trained(train, folder, flags):
     """The run in a folder, which the command `train` trains there, or trains on, unless it was."""
-    again = "--resume" if (folder / "config.json").exists() else "--overwrite"
-    status = train(["--out", str(folder), again, *flags])
+    again = ["--resume"] if (folder / "config.json").exists() else []
+    status = train([*flags, "--out", str(folder), *again])
     if status:
         raise SystemExit(status)
     return load_run(folder)
@@ -20,12 +20,9 @@ def trained(train, folder, flags):
 
 def table(corner, columns, rows):
     """Markdown: the names of columns; rows {name: cells}."""
-    head = [line([corner, *columns]), "|---" * (1 + len(columns)) + "|"]
-    return "\n".join(head + [line([name, *cells]) for name, cells in rows.items()])
-
-
-def line(cells):
-    return f"| {' | '.join(cells)} |".replace("_", " ")
+    lines = [[corner, *columns], ["---"] * (1 + len(columns))]
+    lines += [[name, *cells] for name, cells in rows.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("_", " ")
 
 
 def cells(results, names):
@@ -38,6 +35,44 @@ def cell(values):
         return "-"
     mean = f"{np.mean(values):.3f}"
     return f"{mean} ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else mean
+
+
+def flat(figures, before=""):
+    """Figures {"control": {"all": {"first": 1.0}}} as {"control all first": 1.0}.
+
+    Without those of single codes and sites, and what is no number.
+    """
+    found = {}
+    for name, value in figures.items():
+        if name in ("codes", "best_codes", "topics", "sites", "usage"):
+            continue
+        if isinstance(value, list):
+            value = dict(enumerate(value))
+        name = f"{before}{name}"
+        if isinstance(value, dict):
+            found |= flat(value, f"{name} ")
+        elif isinstance(value, (int, float)):
+            found[name] = value
+    return found
+
+
+def questions(results):
+    """What was asked of runs besides their training: results {idea: answers of each seed}."""
+    of_seeds = [one for seeds in results.values() for one in seeds]
+    every = dict.fromkeys(question for one in of_seeds for question in one)
+    return [question for question in every if question != "training"]
+
+
+def table_of(question, results):
+    """The answers as a table: a row for each figure, a column for each idea."""
+    columns = {}
+    for idea, seeds in results.items():
+        columns[idea] = [one[question] for one in seeds if question in one]
+    names = dict.fromkeys(name for seeds in columns.values() for one in seeds for name in one)
+    rows = {}
+    for name in names:
+        rows[name] = [cells(seeds, [name])[0] for seeds in columns.values()]
+    return table(f"`interpret {question}`", columns, rows)
 
 
 def draw(results, folder):
