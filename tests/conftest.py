@@ -15,6 +15,7 @@ from minicode import FSM, GPT, GPTConfig
 from minicode.runtime.runs import FILES, MADE_LATER
 from minicode.study.page import write_report
 from minicode.train_fsm import main as train_fsm
+from minicode.train_text import main as train_text
 
 torch.set_num_threads(1)  # the models here are far too small for two
 
@@ -32,6 +33,23 @@ def tiny_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "fsm"
     assert train_fsm(["--out", str(folder), *TINY]) == 0
     return folder
+
+
+SMALL_TEXT = [
+    "--n-layer=2", "--n-head=2", "--n-embd=16", "--block-size=32", "--n-codes-head=16", "--k=4",
+    "--steps=60", "--batch-size=8", "--eval-every=60", "--device=cpu",
+]  # fmt: skip
+
+
+def train_small_text(folder, *flags):
+    assert train_text(["--out", str(folder), *SMALL_TEXT, *map(str, flags)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stories_run(tmp_path_factory):
+    """A run folder on stories. Tests copy it before they change it."""
+    return train_small_text(tmp_path_factory.mktemp("stories") / "text")
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from test_topics import stories_run  # noqa: F401
 from test_train import refusal
 
 from minicode import load_run
@@ -67,7 +66,7 @@ def test_measures_by_hand():
     assert nothing == {"fires": 0, "precision": 0, "chance": 0, "recall": 0}
 
 
-def test_a_document_is_about_a_topic_from_its_word_on(stories_run, tmp_path):  # noqa: F811
+def test_a_document_is_about_a_topic_from_its_word_on(stories_run, tmp_path):
     data = load_run(stories_run).data
     path = tmp_path / "text.txt"
     no = " no no no"
@@ -88,7 +87,7 @@ def test_a_document_is_about_a_topic_from_its_word_on(stories_run, tmp_path):  #
     assert about.sum() == about[[dragon, royals]].sum()
 
 
-def test_the_codes_are_those_of_home(stories_run, tmp_path, capsys):  # noqa: F811
+def test_the_codes_are_those_of_home(stories_run, tmp_path, capsys):
     path = tmp_path / "text.txt"
     text = 40 * ["The king saw no dragon, and the king was sad."]
     path.write_text("\n\n".join(text), encoding="utf-8")
@@ -115,7 +114,7 @@ def test_the_codes_are_those_of_home(stories_run, tmp_path, capsys):  # noqa: F8
         ]
 
 
-def test_what_cannot_be_asked_is_one_line(stories_run, tiny_run, tmp_path, capsys):  # noqa: F811
+def test_what_cannot_be_asked_is_one_line(stories_run, tiny_run, tmp_path, capsys):
     asked = "--run", stories_run, "--elsewhere"
     path = tmp_path / "text.txt"
     assert "there is no file" in refusal(interpret, *asked, path, capsys=capsys)

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from conftest import train_small_text
 from test_sample import as_json, printed
 from test_train import refusal
 
@@ -19,22 +20,6 @@ from minicode.language.topics import Effect, choose_codes, codes_of_topics, find
 from minicode.notation import Code
 from minicode.sample import main as sample
 from minicode.study.detectors import detect
-from minicode.train_text import main as train_text
-
-SMALL = [
-    "--n-layer=2", "--n-head=2", "--n-embd=16", "--block-size=32", "--n-codes-head=16", "--k=4",
-    "--steps=60", "--batch-size=8", "--eval-every=60", "--device=cpu",
-]  # fmt: skip
-
-
-def train(folder, *flags):
-    assert train_text(["--out", str(folder), *SMALL, *map(str, flags)]) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def stories_run(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("topics") / "text")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +31,7 @@ def own_run(tmp_path_factory):
         for word in ("yes", "no", "maybe", "hello", "never")
     ]
     (folder / "text.txt").write_text("\n\n".join(documents), encoding="utf-8")
-    return train(folder / "run", "--data", folder / "text.txt", "--steps", "20")
+    return train_small_text(folder / "run", "--data", folder / "text.txt", "--steps", "20")
 
 
 def head_of(code):
@@ -214,7 +199,7 @@ def test_chosen_codes_are_kept_with_the_run(stories_run, tmp_path, monkeypatch):
         path.write_text(json.dumps({**kept, "codes": {"topic:dog 0.5": damaged}}), encoding="utf-8")
         with pytest.raises(ValueError, match="steering.json is damaged"):
             codes(0.5)
-    train(folder, "--overwrite", "--steps", "2")
+    train_small_text(folder, "--overwrite", "--steps", "2")
     assert not path.exists()
 
 
@@ -409,7 +394,7 @@ def test_text_in_bytes_is_found_and_shown(tmp_path, capsys):
     documents = [f"\u5929\u6c14 na\u00efve{i} \u597d" for i in range(400)]
     (tmp_path / "text.txt").write_text("\n\n".join(documents), encoding="utf-8")
     data = ["--data", tmp_path / "text.txt"]
-    folder = train(tmp_path / "run", *data, "--steps", "4", "--vocab", "257")
+    folder = train_small_text(tmp_path / "run", *data, "--steps", "4", "--vocab", "257")
     run = load_run(folder)
     row = [*run.tokenizer.encode("na\u00efve"), 256]
     assert run.data.texts([row]) == [["n", "a", "", "\u00ef", "v", "e", "\n\n"]]
