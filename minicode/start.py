@@ -133,7 +133,7 @@ class CodesFromData:
         lack = self._gather(bags, a - self.sum_codes(ids))  # (G, C, d)
         towards = lack
         for _ in range(5):
-            pull = self._gather(bags, self._sum(towards, ids)) + hold * towards
+            pull = self._gather(bags, self.sum_codes(ids, towards)) + hold * towards
             error = lack.square().sum(1, keepdim=True)  # (G, 1, d): each dimension goes its own way
             length = error / (towards * pull).sum(1, keepdim=True).clamp_min(1e-30)
             self.codes += length * towards

@@ -96,11 +96,9 @@ def _search(
     check_left(blocked, k)
     pursuit = selection == "pursuit" and k > 1
     search = pursue_in_chunks if pursuit else search_in_chunks
-    served = blocked is None and native.serves(x, k)
-    if pursuit:
-        served = served and x.is_cpu and gram_pays(x, codes, k)
+    pays = not pursuit or (x.is_cpu and gram_pays(x, codes, k))
     with torch.autocast(x.device.type, enabled=False):
-        if served:
+        if blocked is None and pays and native.serves(x, k):
             return joined(native.search(x, codes, k, similarity, scale_and_offset, pursuit))
         with float32_throughout():
             return search(x, codes, k, similarity, blocked)
@@ -204,9 +202,8 @@ def change_by_choice(minus_codes, table, ids):
 
 
 def finite(scores):
-    """In place: NaN becomes the lowest number, infinity the highest."""
-    lowest = torch.finfo(scores.dtype).min
-    return scores.nan_to_num_(nan=lowest, posinf=-lowest, neginf=lowest)
+    """In place: NaN and -infinity become the lowest number, infinity the highest."""
+    return scores.nan_to_num_(nan=torch.finfo(scores.dtype).min)
 
 
 if __name__ == "__main__":
