@@ -93,8 +93,9 @@ class GPTConfig:
             n_codes, k, groups = self.n_codes_head, self.k_head or self.k, self.n_head
         elif site in ("mlp_mid", "mlp"):
             k, groups = self.k_mlp or self.k, self.groups_mlp
-        how = (self.similarity, self.layer_norm, self.selection)
-        return Codebook(n_codes, dim // groups, k, groups, *how)
+        return Codebook(
+            n_codes, dim // groups, k, groups, self.similarity, self.layer_norm, self.selection
+        )
 
 
 class CausalSelfAttention(nn.Module):

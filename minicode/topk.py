@@ -13,6 +13,7 @@ the extension in csrc/ where it can be built and serves, else in PyTorch, chunk 
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from minicode.runtime import extension, native
 from minicode.runtime.arguments import check_left, check_search
@@ -188,8 +189,7 @@ def pursue_in_chunks(x, codes, k, similarity, blocked=None):
 def rows_of(table, ids):
     """Rows (G, n, d) of table (G, C, d), by ids (G, n)."""
     first = table.shape[1] * torch.arange(len(table), device=ids.device).unsqueeze(-1)
-    rows = table.flatten(0, 1).index_select(0, (ids + first).flatten())
-    return rows.view(*ids.shape, table.shape[2])
+    return F.embedding(ids + first, table.flatten(0, 1))
 
 
 def change_by_choice(minus_codes, table, ids):
