@@ -335,15 +335,14 @@ def start_codebooks(model, *inputs, generator=None, **named):
 
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
-        progress = stack.enter_context(bar(total=len(waiting), desc="k-means", leave=False))
+        progress = stack.enter_context(bar(total=len(waiting), desc="k-means"))
         for codebook in waiting:
             stack.enter_context(codebook.register_forward_pre_hook(start))
         try:
             model(*inputs, **named)
+            raise ValueError(f"these codebooks were not reached: {', '.join(waiting.values())}")
         except _Done:
-            were_on = dict.fromkeys(were_on, True)
+            pass
         finally:
             for codebook, on in were_on.items():
-                codebook.enabled = on
-    if waiting:
-        raise ValueError(f"these codebooks were not reached: {', '.join(waiting.values())}")
+                codebook.enabled = on or not waiting
