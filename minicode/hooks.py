@@ -186,11 +186,9 @@ def find_sites(model, sites, layers):
     if isinstance(sites, dict):
         found = find_patterns(model, sites)
     else:
-        names = sites.split(",") if isinstance(sites, str) else sites
-        found = find_in_blocks(model, [name.strip() for name in names])
+        found = find_in_blocks(model, [name.strip() for name in sites.split(",")])
     there_are = {layer for _, layer in found}
     wanted = there_are if layers is None else layers
-    wanted = [wanted] if isinstance(wanted, int) else wanted
     for layer in wanted:
         if layer not in there_are:
             raise ValueError(f"layers: this model has 0 to {max(there_are)}, not {layer}")
@@ -225,24 +223,21 @@ def find_in_blocks(model, sites):
 
 def find_patterns(model, patterns):
     """The sites that a user names by patterns of modules' paths; * is one part of a path."""
-    found = {}
+    modules = dict(model.named_modules())
     paths = {}
     for site, pattern in patterns.items():
         parts = re.escape(pattern).replace(r"\*", r"([^.]+)")
-        whole_path = re.compile(rf"(?:.*\.)?{parts}")
-        matches = [(whole_path.fullmatch(path), module) for path, module in model.named_modules()]
-        matches = [(match, module) for match, module in matches if match]
+        matches = list(filter(None, map(re.compile(rf"(?:.*\.)?{parts}").fullmatch, modules)))
         if not matches:
             raise ValueError(f"{site}: this model has no module {pattern}")
-        for number, (match, module) in enumerate(matches):
+        for number, match in enumerate(matches):
             digits = [part for part in match.groups() if part.isdigit()]
             place = site, int(digits[0]) if digits else number
-            if place in found:
+            if place in paths:
                 two = f"{paths[place]} and {match[0]}"
                 raise ValueError(f"{site}: {pattern} is two modules of one layer, {two}")
-            found[place] = module
             paths[place] = match[0]
-    return found
+    return {place: modules[path] for place, path in paths.items()}
 
 
 def config_of(model):

@@ -101,8 +101,8 @@ class PretrainedTokenizer:
 
 
 # GPT-2's way to write any byte as a letter: {letter: byte}.
-PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
-OTHERS = sorted({*range(256)} - {*PLAIN})
+PLAIN = {*range(33, 127), *range(161, 173), *range(174, 256)}
+OTHERS = sorted({*range(256)} - PLAIN)
 BYTE_OF = {chr(byte): byte for byte in PLAIN}
 BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(OTHERS)}
 
