@@ -46,8 +46,7 @@ class Positions:
     prompt = None
     past = 0
     skip = None
-    first = 0  # by minicode.hooks: so many tokens at the start of each row go by untouched,
-    as_they_come = False  # and a model sets nothing, as these are counted as they come
+    first = 0  # by minicode.hooks: so many tokens at the start of each row go by untouched
     with_gradients = False
 
     def advance(self, number, past, skip=None):

@@ -86,19 +86,18 @@ def places(positions, a):
     There are n_rows sequences; of each input (N,): its sequence, its position there, and how many
     tokens the prompt of that has. Of a (..., G, d) what passes through untouched is gone.
     """
+    skip = positions.skip
+    shape = a.shape[:-2] if skip is None else skip.shape
+    n_rows = shape[0] if shape else 1
     number = positions.number
     prompt = positions.prompt
-    n_rows = a.shape[0] if a.dim() > 2 else 1
     if number is None:  # the model does not say: as they come
-        length = a.shape[1:-2].numel()
-        number = torch.arange(length).unsqueeze(0)
-        prompt = torch.tensor([[length]])
-    if positions.skip is not None:
-        n_rows = len(positions.skip)
+        number = torch.arange(shape[1:].numel(), device=a.device).unsqueeze(0)
+        prompt = torch.full_like(number[:, :1], number.numel())
     row = torch.arange(n_rows, device=number.device).unsqueeze(1)
     standing = torch.stack(torch.broadcast_tensors(row, number, prompt)).flatten(1)  # (3, B * T)
-    if positions.skip is not None:
-        standing = standing[:, ~positions.skip.flatten()]
+    if skip is not None:
+        standing = standing[:, ~skip.flatten()]
     return n_rows, *standing.to(a.device)
 
 

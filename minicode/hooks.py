@@ -75,7 +75,6 @@ def attach(
     skip = skip and whole("skip", skip, least=0)
     how = {"similarity": similarity, "selection": selection, "relative": True}
     positions = Positions()
-    positions.as_they_come = not is_causal(model)
     positions.first = int(is_causal(model)) if skip is None else skip
     books = {}
     for (site, layer), module in find_sites(model, sites, layers).items():
@@ -144,11 +143,10 @@ def through_output(module, arguments, output):
 def through(codebook, x):
     """The codebook on x (B, T, d), or on (B * T, d), which OPT makes of it."""
     positions = codebook.positions
-    if positions.as_they_come and x.dim() > 2:
-        number = torch.arange(x.shape[1:-1].numel(), device=x.device).unsqueeze(0)
-        skip = (number < positions.first).expand(len(x), -1)
-        positions.advance(number, 0, skip if skip.any() else None)
-    if x.dim() == 2 and positions.number is not None:
+    if positions.number is None and positions.first and x.dim() > 2:
+        number = torch.arange(x.shape[1:-1].numel(), device=x.device)
+        positions.skip = (number < positions.first).expand(len(x), -1)
+    if positions.number is not None and x.dim() == 2:
         return codebook(x.view(-1, positions.number.shape[1], x.shape[1])).view(x.shape)
     return codebook(x)
 
