@@ -46,12 +46,9 @@ def continuations(run, codes, words=()):
         start = tokens.shape[1]
         n_new = min(run.data.sample_length, run.config.block_size + 1 - start)
         generator = torch.Generator(model.device).manual_seed(seed)
-        hook = model.lm_head.register_forward_hook(lambda _, inputs, logits: logits + bias)
-        try:
-            with force(model, codes, GENERATED):
-                tokens = model.generate(tokens.to(model.device), n_new, generator=generator)
-        finally:
-            hook.remove()
+        biased = model.lm_head.register_forward_hook(lambda _, inputs, logits: logits + bias)
+        with biased, force(model, codes, GENERATED):
+            tokens = model.generate(tokens.to(model.device), n_new, generator=generator)
         texts += [run.tokenizer.decode(row) for row in tokens[:, start:].tolist()]
         targets = tokens[:, 1:].clone()
         targets[:, : start - 1] = -100  # F.cross_entropy leaves them out
