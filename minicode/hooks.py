@@ -225,7 +225,8 @@ def find_patterns(model, patterns):
     paths = {}
     for site, pattern in patterns.items():
         parts = re.escape(pattern).replace(r"\*", r"([^.]+)")
-        matches = list(filter(None, map(re.compile(rf"(?:.*\.)?{parts}").fullmatch, modules)))
+        whole_path = re.compile(rf"(?:.*\.)?{parts}")
+        matches = list(filter(None, map(whole_path.fullmatch, modules)))
         if not matches:
             raise ValueError(f"{site}: this model has no module {pattern}")
         for number, match in enumerate(matches):

@@ -118,7 +118,10 @@ def joined(found):
 
 
 def score(x, codes, similarity, blocked, on_cpu=1 << 21):
-    """All scores, chunk by chunk of so many or on a GPU 2^24: (G, n, C); of blocked codes -inf."""
+    """Scores (G, n, C) of some rows after the other, those of blocked codes -inf.
+
+    At once so many as take 8 MB (on_cpu: how many that is), or on a GPU 64.
+    """
     scale, offset = scale_and_offset(codes, similarity)
     table = (codes.float() * scale.mT).mT  # (G, d, C)
     most = 1 << 24 if x.is_cuda else on_cpu
