@@ -105,30 +105,30 @@ def describe(result):
     lines = [f"{result['device']}; {peak['what']}: {peak['gflops']:.0f} GFLOP/s"]
     if "gops_in_bytes" in peak:
         lines[0] += f", in bytes {peak['gops_in_bytes']:.0f} GOP/s"
-    for row in result["search"]:
-        lines.append(title(row))
-        for name, method in row["methods"].items():
-            rate = f"{method['gflops']:.0f} GFLOP/s ({method['gflops'] / peak['gflops']:.0%} of it)"
-            lines.append(line(name, method, f"{method['times_as_fast']:.2f} x, {rate}"))
-    for row in result["pursuit"]:
-        lines.append(f"{title(row)}, by pursuit")
-        for name, method in row["methods"].items():
-            lines.append(line(name, method, f"{method['times_nearest']:.2f} of nearest"))
-    for steps, command in ("training_step", "train_fsm"), ("text_step", "train_text"):
-        lines.append(f"\ntraining step of {command}'s default")
-        for name, step in result[steps].items():
-            lines.append(line(name, step, f"{step['times_dense']:.2f} of dense"))
+    tables = {title(row): row["methods"] for row in result["search"]}
+    tables |= {f"{title(row)}, by pursuit": row["methods"] for row in result["pursuit"]}
+    tables["training step of train_fsm's default"] = result["training_step"]
+    tables["training step of train_text's default"] = result["text_step"]
+    for heading, methods in tables.items():
+        lines += ["", heading]
+        for name, time in methods.items():
+            span = f"({time['lowest']:.2f} to {time['highest']:.2f})"
+            lines.append(f"  {name:25}{time['ms']:9.2f} ms {span}  {beside(time, peak)}")
     return "\n".join(lines)
 
 
 def title(row):
     x = f"{row['groups']} x ({row['N']}, {row['d']})"
-    return f"\n{x} against {row['C']} codes, k = {row['k']}"
+    return f"{x} against {row['C']} codes, k = {row['k']}"
 
 
-def line(name, time, more):
-    span = f"({time['lowest']:.2f} to {time['highest']:.2f})"
-    return f"  {name:25}{time['ms']:9.2f} ms {span}  {more}"
+def beside(time, peak):
+    """What a time is compared with, for people."""
+    for name in ("nearest", "dense"):
+        if f"times_{name}" in time:
+            return f"{time[f'times_{name}']:.2f} of {name}"
+    share = time["gflops"] / peak["gflops"]
+    return f"{time['times_as_fast']:.2f} x, {time['gflops']:.0f} GFLOP/s ({share:.0%} of it)"
 
 
 if __name__ == "__main__":

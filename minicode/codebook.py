@@ -46,8 +46,7 @@ class Positions:
     prompt = None
     past = 0
     skip = None
-    first = 0  # by minicode.hooks: so many tokens at the start of each row go by untouched,
-    as_they_come = False  # and a model sets nothing, as these are counted as they come
+    first = 0  # by minicode.hooks: so many tokens at the start of each row go by untouched
     with_gradients = False
 
     def advance(self, number, past, skip=None):
@@ -146,10 +145,8 @@ class Codebook(CodesFromData, nn.Module):
         """The sums of codes in the place of x (..., groups * dim)."""
         with torch.autocast(x.device.type, enabled=False):
             a = self.activations(x)  # (..., G, d)
-            if self.control is None:
-                self.ids = self.search(a.detach())  # (..., G, k)
-            else:
-                self.ids = self.control(self, a.detach())
+            choose = self.control or Codebook.search
+            self.ids = choose(self, a.detach())  # (..., G, k)
             q = self.sum_codes(self.ids)  # (..., G, d)
             if self.training:
                 self.learn(a, q)
@@ -196,12 +193,9 @@ class Codebook(CodesFromData, nn.Module):
         """
         return topk_codes(a, self.codes, self.k, self.similarity, self.selection, blocked)[1]
 
-    def sum_codes(self, ids):
-        """q (..., G, d) for ids (..., G, k)."""
-        return self._sum(self.codes, ids)
-
-    def _sum(self, table, ids):
-        """Sums of rows of table (G, C, d), by ids (..., G, k): (..., G, d)."""
+    def sum_codes(self, ids, codes=None):
+        """q (..., G, d) for ids (..., G, k): sums of its codes, or of others in their place."""
+        table = self.codes if codes is None else codes
         rows = self._rows(ids).flatten(0, -2)
         q = SumOfRows.apply(table.view(-1, self.dim), rows)
         return q.view(*ids.shape[:-1], self.dim)
@@ -227,7 +221,7 @@ class Codebook(CodesFromData, nn.Module):
 
         def keep(tensor):
             moved = fn(tensor)
-            half = moved.dtype in (torch.float16, torch.bfloat16)
+            half = moved.element_size() < 4
             return tensor.to(moved.device) if half else moved
 
         return super()._apply(keep, recurse)

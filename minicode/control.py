@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minicode.codebook import codebooks
+from minicode.codebook import Codebook, codebooks
 from minicode.notation import Code, codebook_of
 from minicode.runtime.arguments import check_ids, whole
 
@@ -86,25 +86,25 @@ def places(positions, a):
     There are n_rows sequences; of each input (N,): its sequence, its position there, and how many
     tokens the prompt of that has. Of a (..., G, d) what passes through untouched is gone.
     """
+    skip = positions.skip
+    shape = a.shape[:-2] if skip is None else skip.shape
+    n_rows = shape[0] if shape else 1
     number = positions.number
     prompt = positions.prompt
-    n_rows = a.shape[0] if a.dim() > 2 else 1
     if number is None:  # the model does not say: as they come
-        length = a.shape[1:-2].numel()
-        number = torch.arange(length).unsqueeze(0)
-        prompt = torch.tensor([[length]])
-    if positions.skip is not None:
-        n_rows = len(positions.skip)
+        number = torch.arange(shape[1:].numel(), device=a.device).unsqueeze(0)
+        prompt = torch.full_like(number[:, :1], number.numel())
     row = torch.arange(n_rows, device=number.device).unsqueeze(1)
     standing = torch.stack(torch.broadcast_tensors(row, number, prompt)).flatten(1)  # (3, B * T)
-    if positions.skip is not None:
-        standing = standing[:, ~positions.skip.flatten()]
+    if skip is not None:
+        standing = standing[:, ~skip.flatten()]
     return n_rows, *standing.to(a.device)
 
 
 @dataclass(eq=False)
 class _Edit:
     kind: str  # forced or blocked
+    codebook: Codebook
     name: str  # as the user wrote it
     ids: torch.Tensor  # (B or 1, G, 1), -1 in groups that it is not about
     position: int | str | None
@@ -128,12 +128,19 @@ class _Edit:
         ids = self.ids.to(here.device).expand(n_rows, -1, -1)[row]
         return ids.where(here.view(-1, 1, 1), -1)
 
+    def unreached(self):
+        """Why this edit of a position had no effect."""
+        reason = "there was no input"
+        if self.position is not None:
+            reason = f"no input has a position {self.position}"
+        if self.codebook.positions.skip is not None:
+            but = "those that pass through untouched (padding, and a row's first token)"
+            reason += f", but for {but}"
+        return reason
 
-class _Control:
+
+class _Control(list):
     """The edits of one codebook, which asks here for its ids instead of searching."""
-
-    def __init__(self):
-        self.edits = []
 
     @torch.compiler.disable
     def __call__(self, codebook, a):
@@ -143,33 +150,26 @@ class _Control:
             return codebook.search(a)
         here = places(codebook.positions, a)
         rows = a.reshape(-1, *a.shape[-2:])  # (N, G, d)
-        forced = {edit: edit.at(*here) for edit in self.edits if edit.kind == "forced"}
-        blocked = {edit: edit.at(*here) for edit in self.edits if edit.kind == "blocked"}
-        ids = choose_again(codebook, rows, codebook.search(rows), blocked)
-        ids = put_in(ids, forced)
+        forced = {edit: edit.at(*here) for edit in self if edit.kind == "forced"}
+        blocked = {edit: edit.at(*here) for edit in self if edit.kind == "blocked"}
+        ids = put_in(choose(codebook, rows, blocked), forced)
         for edit, never in blocked.items():
             if (ids == never).any():
                 raise ValueError(f"{edit.name} is both forced and blocked")
         return ids.view(*a.shape[:-1], codebook.k)
 
 
-def choose_again(codebook, a, ids, blocked):
-    """Ids (N, G, k) for a (N, G, d): wherever one is blocked, all are chosen anew, without it."""
-    hit = torch.zeros(ids.shape[:-1], dtype=torch.bool, device=a.device)  # (N, G)
-    for never in blocked.values():
-        hit |= (ids == never).any(-1)
-    at = hit.any(-1)  # (N,), n of them true
-    if not at.any():
+def choose(codebook, a, blocked):
+    """Ids (N, G, k) for a (N, G, d): where one of them is blocked, chosen anew without these."""
+    ids = codebook.search(a)
+    if not blocked:
         return ids
-    numbers = torch.arange(codebook.n_codes, device=a.device)
-    closed = torch.zeros(1, dtype=torch.bool, device=a.device)
-    for edit, never in blocked.items():
-        closed = closed | (numbers == never[at])  # (n, G, C)
-        if ((~closed).sum(-1) < codebook.k).any():
-            most = codebook.n_codes - codebook.k
-            raise ValueError(f"{edit.name}: at most {most} codes can be blocked at a site")
-    again = ids.index_put((at,), codebook.search(a[at], closed))
-    return again.where(hit.unsqueeze(-1), ids)
+    closed = torch.zeros((*a.shape[:2], codebook.n_codes), dtype=torch.bool, device=a.device)
+    codes = torch.arange(codebook.n_codes, device=a.device)
+    for never in blocked.values():
+        closed |= codes == never
+    hit = closed.gather(-1, ids).any(-1, keepdim=True)  # (N, G, 1)
+    return torch.where(hit, codebook.search(a, closed), ids) if hit.any() else ids
 
 
 def put_in(ids, forced):
@@ -194,48 +194,35 @@ def put_in(ids, forced):
 def _edit(model, codes, position, kind):
     if position not in (None, GENERATED):
         position = whole("position", position, least=-(2**63))
-    read = _read_ids if isinstance(codes, dict) else _read_names
-    edits = [(book, _Edit(kind, *edit)) for book, *edit in read(model, codes, position)]
+    edits = [_Edit(kind, *asked) for asked in _read(model, codes, position)]
     try:
-        for codebook, edit in edits:
-            codebook.control = codebook.control or _Control()
-            codebook.control.edits.append(edit)
+        for edit in edits:
+            edit.codebook.control = edit.codebook.control or _Control()
+            edit.codebook.control.append(edit)
         yield
-        for codebook, edit in edits:
+        for edit in edits:
             if edit.reached is False:
-                raise ValueError(f"{edit.name} had no effect: {unreached(codebook, edit)}")
+                raise ValueError(f"{edit.name} had no effect: {edit.unreached()}")
     finally:
-        for codebook, edit in edits:
-            codebook.control.edits.remove(edit)
-            if not codebook.control.edits:
-                codebook.control = None
+        for edit in edits:
+            edit.codebook.control.remove(edit)
+            if not edit.codebook.control:
+                edit.codebook.control = None
 
 
-def unreached(codebook, edit):
-    """Why an edit of a position had no effect."""
-    reason = "there was no input"
-    if edit.position is not None:
-        reason = f"no input has a position {edit.position}"
-    if codebook.positions.skip is not None:
-        reason += ", but for those that pass through untouched (padding, and a row's first token)"
-    return reason
-
-
-def _read_names(model, codes, position):
-    """A code or a list of codes, as text: a codebook, and what an _Edit holds, for each."""
+def _read(model, codes, position):
+    """What an _Edit holds, for each of codes as text, or as a dict {"mlp.1": ids (B, G, k)}."""
+    if isinstance(codes, dict):
+        for site, ids in codes.items():
+            codebook = codebook_of(model, site, site)
+            ids = check_ids(site, ids, codebook.groups, codebook.n_codes)
+            for column in ids.reshape(-1, *ids.shape[-2:]).split(1, dim=-1):
+                yield codebook, site, column, position
+        return
     for text in dict.fromkeys([codes] if isinstance(codes, str) else codes):
         code = Code.parse(text, model)
-        codebook = codebooks(model)[code.site]
+        codebook = codebook_of(model, code.site, text)
         ids = torch.full((1, codebook.groups, 1), -1)
         ids[0, code.group or 0] = code.id
         where = position if code.position is None else code.position
         yield codebook, text, ids, where
-
-
-def _read_ids(model, codes, position):
-    """A dict {"mlp.1": ids (G, k) or (B, G, k)}: a codebook, and what an _Edit holds, for each."""
-    for site, ids in codes.items():
-        codebook = codebook_of(model, site, site)
-        ids = check_ids(site, ids, codebook.groups, codebook.n_codes)
-        for column in ids.reshape(-1, *ids.shape[-2:]).split(1, dim=-1):
-            yield codebook, site, column, position

@@ -75,7 +75,6 @@ def attach(
     skip = skip and whole("skip", skip, least=0)
     how = {"similarity": similarity, "selection": selection, "relative": True}
     positions = Positions()
-    positions.as_they_come = not is_causal(model)
     positions.first = int(is_causal(model)) if skip is None else skip
     books = {}
     for (site, layer), module in find_sites(model, sites, layers).items():
@@ -144,11 +143,10 @@ def through_output(module, arguments, output):
 def through(codebook, x):
     """The codebook on x (B, T, d), or on (B * T, d), which OPT makes of it."""
     positions = codebook.positions
-    if positions.as_they_come and x.dim() > 2:
-        number = torch.arange(x.shape[1:-1].numel(), device=x.device).unsqueeze(0)
-        skip = (number < positions.first).expand(len(x), -1)
-        positions.advance(number, 0, skip if skip.any() else None)
-    if x.dim() == 2 and positions.number is not None:
+    if positions.number is None and positions.first and x.dim() > 2:
+        number = torch.arange(x.shape[1:-1].numel(), device=x.device)
+        positions.skip = (number < positions.first).expand(len(x), -1)
+    if positions.number is not None and x.dim() == 2:
         return codebook(x.view(-1, positions.number.shape[1], x.shape[1])).view(x.shape)
     return codebook(x)
 
@@ -186,11 +184,9 @@ def find_sites(model, sites, layers):
     if isinstance(sites, dict):
         found = find_patterns(model, sites)
     else:
-        names = sites.split(",") if isinstance(sites, str) else sites
-        found = find_in_blocks(model, [name.strip() for name in names])
+        found = find_in_blocks(model, [name.strip() for name in sites.split(",")])
     there_are = {layer for _, layer in found}
     wanted = there_are if layers is None else layers
-    wanted = [wanted] if isinstance(wanted, int) else wanted
     for layer in wanted:
         if layer not in there_are:
             raise ValueError(f"layers: this model has 0 to {max(there_are)}, not {layer}")
@@ -225,24 +221,22 @@ def find_in_blocks(model, sites):
 
 def find_patterns(model, patterns):
     """The sites that a user names by patterns of modules' paths; * is one part of a path."""
-    found = {}
+    modules = dict(model.named_modules())
     paths = {}
     for site, pattern in patterns.items():
         parts = re.escape(pattern).replace(r"\*", r"([^.]+)")
         whole_path = re.compile(rf"(?:.*\.)?{parts}")
-        matches = [(whole_path.fullmatch(path), module) for path, module in model.named_modules()]
-        matches = [(match, module) for match, module in matches if match]
+        matches = list(filter(None, map(whole_path.fullmatch, modules)))
         if not matches:
             raise ValueError(f"{site}: this model has no module {pattern}")
-        for number, (match, module) in enumerate(matches):
+        for number, match in enumerate(matches):
             digits = [part for part in match.groups() if part.isdigit()]
             place = site, int(digits[0]) if digits else number
-            if place in found:
+            if place in paths:
                 two = f"{paths[place]} and {match[0]}"
                 raise ValueError(f"{site}: {pattern} is two modules of one layer, {two}")
-            found[place] = module
             paths[place] = match[0]
-    return found
+    return {place: modules[path] for place, path in paths.items()}
 
 
 def config_of(model):
@@ -335,15 +329,14 @@ def start_codebooks(model, *inputs, generator=None, **named):
 
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
-        progress = stack.enter_context(bar(total=len(waiting), desc="k-means", leave=False))
+        progress = stack.enter_context(bar(total=len(waiting), desc="k-means"))
         for codebook in waiting:
             stack.enter_context(codebook.register_forward_pre_hook(start))
         try:
             model(*inputs, **named)
+            raise ValueError(f"these codebooks were not reached: {', '.join(waiting.values())}")
         except _Done:
-            were_on = dict.fromkeys(were_on, True)
+            pass
         finally:
             for codebook, on in were_on.items():
-                codebook.enabled = on
-    if waiting:
-        raise ValueError(f"these codebooks were not reached: {', '.join(waiting.values())}")
+                codebook.enabled = on or not waiting

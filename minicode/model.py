@@ -93,8 +93,9 @@ class GPTConfig:
             n_codes, k, groups = self.n_codes_head, self.k_head or self.k, self.n_head
         elif site in ("mlp_mid", "mlp"):
             k, groups = self.k_mlp or self.k, self.groups_mlp
-        how = (self.similarity, self.layer_norm, self.selection)
-        return Codebook(n_codes, dim // groups, k, groups, *how)
+        return Codebook(
+            n_codes, dim // groups, k, groups, self.similarity, self.layer_norm, self.selection
+        )
 
 
 class CausalSelfAttention(nn.Module):
@@ -193,9 +194,7 @@ class GPT(nn.Module):
         for block in self.h:
             x = block(x, cache)
         logits = self.lm_head(self.ln_f(x))  # (B, T, vocab_size)
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return logits, cross_entropy(logits, targets)
 
     def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None, generator=None):
         """Continues tokens (B, T) to (B, T + max_new_tokens); each step runs one position.
@@ -213,6 +212,12 @@ class GPT(nn.Module):
                 new = choose(logits[:, -1].float(), temperature, top_k, generator)
                 tokens = torch.cat((tokens, new), dim=1)
         return tokens
+
+
+def cross_entropy(logits, targets):
+    """Of targets (B, T) under logits (B, T, vocab_size), in float32; None of no targets."""
+    if targets is not None:
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
 def choose(logits, temperature=1.0, top_k=None, generator=None):

@@ -32,33 +32,30 @@ class Code:
     @classmethod
     def parse(cls, text, model):
         """The code that a text names, if the model has it; else a ValueError that says what is."""
+        books = codebooks(model)
         match = isinstance(text, str) and NOTATION.fullmatch(text)
-        if not match or text in codebooks(model):
+        if not match or text in books:
             wanted = "mlp.LAYER.CODE or head.LAYER.HEAD.CODE, and @POSITION for one position"
             raise ValueError(f"{text!r} is not a code: write {wanted}, as in mlp.1.527@4")
         site, number, position = match.groups()
         group = None
         before, _, last = site.rpartition(".")
-        grouped = before in codebooks(model) or re.fullmatch(r"\w+\.\d+\.\d+", site)
-        if re.fullmatch(r"\d{1,9}", last) and grouped and site not in codebooks(model):
+        if site not in books and before in books and re.fullmatch(r"\d{1,9}", last):
             site = before
             group = int(last)
         codebook = codebook_of(model, site, text)
-        number = int(number)
-        position = None if position is None else int(position)
+        code = cls(site, group, int(number), None if position is None else int(position))
         part = "head" if site.startswith("head.") else "group"
         if (group is None) != (codebook.groups == 1):
             several = f"{site}.{part.upper()}.CODE, for it has {codebook.groups} {part}s"
             wanted = several if codebook.groups > 1 else f"{site}.CODE"
             raise ValueError(f"{text}: write {wanted}")
-        for what, value, n in (
-            (part, group or 0, codebook.groups),
-            ("code", number, codebook.n_codes),
-        ):
+        numbers = {part: (group or 0, codebook.groups), "code": (code.id, codebook.n_codes)}
+        for what, (value, n) in numbers.items():
             if value >= n:
                 there_are = f"its {what}s are 0 to {n - 1}"
                 raise ValueError(f"{text}: {site} has no {what} {value}; {there_are}")
-        return cls(site, group, number, position)
+        return code
 
 
 def codes_of(site, codebook):

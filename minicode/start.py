@@ -118,7 +118,7 @@ class CodesFromData:
         A code that is nearest to nothing stays where it is.
         """
         ids = self._nearest(a, self.codes)
-        total = self._gather(self._bags(ids), a)
+        total = self._adder(ids)(a)
         count = self.count(ids).unsqueeze(-1)  # (G, C, 1)
         means = total / count.clamp_min(1)
         self.codes.copy_(torch.where(count > 0, means, self.codes))
@@ -129,11 +129,11 @@ class CodesFromData:
         Least squares: with S (N, C) how often each code is chosen, (SᵀS + hold) move = Sᵀ(a - SE),
         a group at a time; by five steps of conjugate gradients, for which SᵀS need not be stored.
         """
-        bags = self._bags(ids)
-        lack = self._gather(bags, a - self.sum_codes(ids))  # (G, C, d)
+        add_up = self._adder(ids)
+        lack = add_up(a - self.sum_codes(ids))  # (G, C, d)
         towards = lack
         for _ in range(5):
-            pull = self._gather(bags, self._sum(towards, ids)) + hold * towards
+            pull = add_up(self.sum_codes(ids, towards)) + hold * towards
             error = lack.square().sum(1, keepdim=True)  # (G, 1, d): each dimension goes its own way
             length = error / (towards * pull).sum(1, keepdim=True).clamp_min(1e-30)
             self.codes += length * towards
@@ -148,18 +148,21 @@ class CodesFromData:
             processes.check_stop(a.device)
             yield part
 
-    def _bags(self, ids):
-        """For `_gather`: the places of ids (N, G, k), code by code, and where each code begins."""
-        rows = self._rows(ids).flatten()
-        places = rows.argsort(stable=True) // ids.shape[-1]
-        count = rows.bincount(minlength=self.groups * self.n_codes)
-        return places, count.cumsum(0) - count
+    def _adder(self, ids):
+        """A function that adds up values (N, G, d) by the codes that ids (N, G, k) name: (G, C, d).
 
-    def _gather(self, bags, values):
-        """By code, the sum of values (N, G, d) at its places: (G, C, d)."""
-        places, begin = bags
-        total = F.embedding_bag(places, values.flatten(0, 1), begin, mode="sum")
-        return total.view(self.codes.shape)
+        It is the transpose of `sum_codes`.
+        """
+        rows = self._rows(ids).flatten()
+        places = rows.argsort(stable=True) // ids.shape[-1]  # code by code
+        count = rows.bincount(minlength=self.groups * self.n_codes)
+        begin = count.cumsum(0) - count
+
+        def add_up(values):
+            total = F.embedding_bag(places, values.flatten(0, 1), begin, mode="sum")
+            return total.view(self.codes.shape)
+
+        return add_up
 
     def _nearest(self, a, codes):
         """For each of a (N, G, d) the id of the nearest of codes (G, C, d): (N, G, 1)."""

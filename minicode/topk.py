@@ -13,6 +13,7 @@ the extension in csrc/ where it can be built and serves, else in PyTorch, chunk 
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from minicode.runtime import extension, native
 from minicode.runtime.arguments import check_left, check_search
@@ -22,8 +23,7 @@ from minicode.runtime.precision import float32_throughout
 def definition(x, codes, k, similarity):
     """x (G, N, d), codes (G, C, d) -> scores, ids (G, N, k), best first; of equals the lower id."""
     scale, offset = scale_and_offset(codes, similarity)
-    scores = (x.float() @ codes.float().mT) * scale + offset  # (G, N, C)
-    scores = scores.masked_fill(scores.isnan(), -torch.inf)
+    scores = finite((x.float() @ codes.float().mT) * scale + offset)  # (G, N, C)
     scores, ids = scores.sort(dim=-1, descending=True, stable=True)
     return scores[..., :k], ids[..., :k]
 
@@ -96,17 +96,13 @@ def _search(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_left(blocked, k)
     pursuit = selection == "pursuit" and k > 1
-    served = blocked is None and native.serves(x, k)
-    if pursuit:
-        served = served and x.is_cpu and gram_pays(x, codes, k)
+    search = pursue_in_chunks if pursuit else search_in_chunks
+    pays = not pursuit or (x.is_cpu and gram_pays(x, codes, k))
     with torch.autocast(x.device.type, enabled=False):
-        if served:
-            found = native.search(x, codes, k, similarity, scale_and_offset, pursuit)
-        else:
-            search = pursue_in_chunks if pursuit else search_in_chunks
-            with float32_throughout():
-                found = search(x, codes, k, similarity, blocked)
-    return joined(found)
+        if blocked is None and pays and native.serves(x, k):
+            return joined(native.search(x, codes, k, similarity, scale_and_offset, pursuit))
+        with float32_throughout():
+            return search(x, codes, k, similarity, blocked)
 
 
 @_search.register_fake
@@ -116,51 +112,45 @@ def _(x, codes, k, *how):
 
 
 def joined(found):
-    """The scores and ids of all chunks [(scores, ids), ...] as one pair."""
-    if len(found) == 1:
-        return tuple(found[0])
+    """The scores and ids of all chunks, (scores, ids) each, as one pair."""
     scores, ids = zip(*found)
     return torch.cat(scores, dim=1), torch.cat(ids, dim=1)
 
 
-def chunks(x, n_codes, blocked, most):
-    """x (G, N, d) as float32, and blocked or None, by so many rows as have `most` scores."""
-    at_once = max(1, most // (len(x) * n_codes))
+def score(x, codes, similarity, blocked, on_cpu=1 << 21):
+    """Scores (G, n, C) of some rows after the other, those of blocked codes -inf.
+
+    At once so many as take 8 MB (on_cpu: how many that is), or on a GPU 64.
+    """
+    scale, offset = scale_and_offset(codes, similarity)
+    table = (codes.float() * scale.mT).mT  # (G, d, C)
+    most = 1 << 24 if x.is_cuda else on_cpu
+    at_once = max(1, most // codes.shape[:2].numel())
     parts = x.split(at_once, dim=1)
-    bad = [None] * len(parts)
-    if blocked is not None:
-        bad = blocked.split(at_once, dim=1)
+    bad = [None] * len(parts) if blocked is None else blocked.split(at_once, dim=1)
     for rows, bad_of_rows in zip(parts, bad):
-        yield rows.float(), bad_of_rows
+        scores = finite(torch.baddbmm(offset, rows.float(), table))
+        if bad_of_rows is not None:
+            scores.masked_fill_(bad_of_rows, -torch.inf)
+        yield scores
 
 
 def search_in_chunks(x, codes, k, similarity, blocked=None):
-    """The definition, in chunks of rows whose scores take 64 MB, or on a CPU 8."""
-    scale, offset = scale_and_offset(codes, similarity)
-    table = (codes.float() * scale.mT).mT  # (G, d, C)
-    found = []
-    most = 1 << 24 if x.is_cuda else 1 << 21
-    for rows, bad in chunks(x, codes.shape[1], blocked, most):
-        scores = torch.baddbmm(offset, rows, table)
-        if bad is not None:
-            scores.masked_fill_(bad, -torch.inf)
-        found.append(best_of(scores, k))
-    return found
+    """The definition, in chunks of rows."""
+    return joined(best_of(scores, k) for scores in score(x, codes, similarity, blocked))
 
 
 def best_of(scores, k):
     """The k best of scores (G, n, C), without sorting them all."""
-    scores.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if k == 1:
         return scores.max(dim=-1, keepdim=True)  # the first of equals
     best, ids = scores.topk(min(k + 1, scores.shape[-1]))  # one more, which may equal the k-th
     tied = (best[..., 1:] == best[..., :-1]).any(-1)  # (G, n): of equals topk takes any
-    best = best[..., :k].contiguous()
-    ids = ids[..., :k].contiguous()
-    if tied.any():
-        every, columns = scores[tied].sort(dim=-1, descending=True, stable=True)
-        best[tied] = every[:, :k]
-        ids[tied] = columns[:, :k]
+    every, columns = scores[tied].sort(dim=-1, descending=True, stable=True)
+    best = best[..., :k]
+    ids = ids[..., :k]
+    best[tied] = every[:, :k]
+    ids[tied] = columns[:, :k]
     return best, ids
 
 
@@ -174,40 +164,35 @@ def gram_pays(x, codes, k):
 
 
 def pursue_in_chunks(x, codes, k, similarity, blocked=None):
-    """pursuit_definition, in chunks of rows whose scores take 64 MB, or on a CPU 8 or 1.
+    """pursuit_definition, in chunks of rows.
 
     All scores are computed once, and then k times what the code just chosen takes off them: a row
     of the Gram matrix, or where that does not pay, the products as they are needed.
     """
     groups, n_codes, _ = codes.shape
     codes = codes.float()
-    scale, offset = scale_and_offset(codes, similarity)
-    table = (codes * scale.mT).mT  # (G, d, C)
-    change = partial(change_by_choice, -codes, table)
-    most = 1 << 24 if x.is_cuda else 1 << 21
+    scale, _ = scale_and_offset(codes, similarity)
+    change = partial(change_by_choice, -codes, (codes * scale.mT).mT)
+    on_cpu = 1 << 21
     if gram_pays(x, codes, k):
         every = torch.arange(n_codes, device=x.device).expand(groups, -1)
         change = partial(rows_of, change(every))  # (G, C, C)
-        most = 1 << 24 if x.is_cuda else 1 << 18
+        on_cpu = 1 << 18
     found = []
-    for rows, bad in chunks(x, n_codes, blocked, most):
-        scores = finite(torch.baddbmm(offset, rows, table))
-        if bad is not None:
-            scores.masked_fill_(bad, -torch.inf)
+    for scores in score(x, codes, similarity, blocked, on_cpu):
         chosen = []
         for _ in range(k):
             best = scores.max(dim=-1)  # the first of equals; (G, n)
             chosen.append(best)
             scores += change(best.indices)
         found.append([torch.stack(parts, dim=-1) for parts in zip(*chosen)])
-    return found
+    return joined(found)
 
 
 def rows_of(table, ids):
     """Rows (G, n, d) of table (G, C, d), by ids (G, n)."""
     first = table.shape[1] * torch.arange(len(table), device=ids.device).unsqueeze(-1)
-    rows = table.flatten(0, 1).index_select(0, (ids + first).flatten())
-    return rows.view(*ids.shape, table.shape[2])
+    return F.embedding(ids + first, table.flatten(0, 1))
 
 
 def change_by_choice(minus_codes, table, ids):
@@ -220,9 +205,8 @@ def change_by_choice(minus_codes, table, ids):
 
 
 def finite(scores):
-    """In place: NaN becomes the lowest number, infinity the highest."""
-    lowest = torch.finfo(scores.dtype).min
-    return scores.nan_to_num_(nan=lowest, posinf=-lowest, neginf=lowest)
+    """In place: NaN and -infinity become the lowest number, infinity the highest."""
+    return scores.nan_to_num_(nan=torch.finfo(scores.dtype).min)
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def train(session):
     began = time.monotonic() - session.seconds
     model.train()
     session.paced = session.step, session.seconds
-    steps_bar = bar(total=config.steps, initial=session.step, unit="step")
+    steps_bar = bar(total=config.steps, initial=session.step, unit="step", leave=True)
     with stop_signals(), steps_bar, suppress(processes.Stopped):
         for step in range(session.step, config.steps):
             generator = torch.Generator(model.device).manual_seed(seed_of(config, step))

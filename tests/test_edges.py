@@ -256,7 +256,7 @@ def test_searches_at_the_edge():
         closed = torch.ones(6, 6, dtype=torch.bool)
         closed[:, :2] = False
         assert (topk_codes(x, x, 2, selection=selection, blocked=closed)[1] < 2).all()
-        with pytest.raises(ValueError, match="blocked must leave k codes to choose from, here 3"):
+        with pytest.raises(ValueError, match="at most 3 codes can be blocked: 3 must be left"):
             topk_codes(x, x, 3, selection=selection, blocked=closed)
 
 

@@ -207,7 +207,7 @@ def test_the_extensions_choices_are_those_of_the_loop_to_the_last_bit(n_codes, s
     codes[0, -1] = codes[0, 0]
     k = min(n_codes, 7)
     scores, ids = topk_codes(x.transpose(0, 1), codes, k, similarity, "pursuit")
-    wanted = topk.joined(topk.pursue_in_chunks(x, codes, k, similarity))
+    wanted = topk.pursue_in_chunks(x, codes, k, similarity)
     assert torch.equal(ids.transpose(0, 1), wanted[1])
     assert torch.equal(scores.transpose(0, 1), wanted[0])
 

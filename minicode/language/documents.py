@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+
+from minicode.runtime.progress import bar
 
 HELD_OUT = 10  # one part in so many is never trained on
 LONGEST = 1 << 12  # bytes of a document; what is longer is cut at the end of a line or of a word
@@ -26,13 +27,12 @@ def read_documents(paths):
     total = sum(path.stat().st_size for path in files)
     seen = set()  # documents to train on, by their hash
     before = 0  # bytes of the files that are done
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="reading", leave=False, disable=None)
-    with bar:
+    with bar(total=total, unit="B", unit_scale=True, desc="reading") as progress:
         for path in files:
             for offset, content in split_file(path):
                 text = decode_utf8(path, offset, content)
                 end = before + offset + len(content)
-                bar.update(end - bar.n)
+                progress.update(end - progress.n)
                 held_out = end > total * (1 - 1 / HELD_OUT)
                 known = hash(content.strip())
                 if not held_out:

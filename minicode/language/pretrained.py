@@ -8,11 +8,10 @@ import re
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from minicode.hooks import attach, find_sites, width_in
-from minicode.model import GPT
+from minicode.model import GPT, cross_entropy
 from minicode.runtime.arguments import check_tokens
 from minicode.runtime.files import reading
 
@@ -101,8 +100,8 @@ class PretrainedTokenizer:
 
 
 # GPT-2's way to write any byte as a letter: {letter: byte}.
-PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
-OTHERS = sorted({*range(256)} - {*PLAIN})
+PLAIN = {*range(33, 127), *range(161, 173), *range(174, 256)}
+OTHERS = sorted({*range(256)} - PLAIN)
 BYTE_OF = {chr(byte): byte for byte in PLAIN}
 BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(OTHERS)}
 
@@ -173,7 +172,4 @@ class Pretrained(nn.Module):
         found = self.model(tokens, use_cache=cache is not None, **past)
         if cache is not None:
             cache["past"] = found[self.cache_name]
-        logits = found.logits  # (B, T, vocab_size)
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return found.logits, cross_entropy(found.logits, targets)  # (B, T, vocab_size)

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from minicode.codebook import codebooks
 from minicode.control import GENERATED, force
@@ -12,6 +11,7 @@ from minicode.language.text import perplexity
 from minicode.language.topics import Effect, codes_of_topics
 from minicode.model import evaluating
 from minicode.notation import Code
+from minicode.runtime.progress import bar
 
 N_SAMPLES = 10  # stories that continue each of the prompts
 PROMPTS = ("Once upon a time", "One day, a", "Long ago, in a land far away", "There was once a")
@@ -46,12 +46,9 @@ def continuations(run, codes, words=()):
         start = tokens.shape[1]
         n_new = min(run.data.sample_length, run.config.block_size + 1 - start)
         generator = torch.Generator(model.device).manual_seed(seed)
-        hook = model.lm_head.register_forward_hook(lambda _, inputs, logits: logits + bias)
-        try:
-            with force(model, codes, GENERATED):
-                tokens = model.generate(tokens.to(model.device), n_new, generator=generator)
-        finally:
-            hook.remove()
+        biased = model.lm_head.register_forward_hook(lambda _, inputs, logits: logits + bias)
+        with biased, force(model, codes, GENERATED):
+            tokens = model.generate(tokens.to(model.device), n_new, generator=generator)
         texts += [run.tokenizer.decode(row) for row in tokens[:, start:].tolist()]
         targets = tokens[:, 1:].clone()
         targets[:, : start - 1] = -100  # F.cross_entropy leaves them out
@@ -111,7 +108,7 @@ def steering_table(run, asked, budget):
     effect = Effect(run)
     left_alone = continuations(run, [])
     topics = {}
-    for topic in tqdm(asked, desc="steering", leave=False, disable=None):
+    for topic in bar(asked, desc="steering"):
         topics[topic.title] = steer(run, effect, topic, codes[topic], left_alone)
     mean = {}
     for measure in topics[asked[0].title]:

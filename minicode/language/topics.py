@@ -20,7 +20,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from numpy.lib.stride_tricks import sliding_window_view
 
 from minicode.codebook import codebooks
 from minicode.control import force
@@ -29,6 +29,7 @@ from minicode.model import evaluating
 from minicode.notation import Code
 from minicode.runtime.files import read_json, write
 from minicode.runtime.precision import autocast
+from minicode.runtime.progress import bar
 from minicode.study.detectors import detect_one, n_recorded, record_codes
 
 BUDGET = 0.25  # nats a token by which forced codes may surprise the dense model
@@ -140,7 +141,7 @@ def choose_codes(effect, topic, budget):
     best = (free @ pull).mean()
     most = effect.surprise(free) + budget
     chosen = []
-    with tqdm(desc=f"codes of {topic.title}", unit=" tried", leave=False, disable=None) as bar:
+    with bar(desc=f"codes of {topic.title}", unit=" tried") as tries:
         while len(chosen) < MOST:
             found = {}
             for code in effect.with_room(candidates, chosen)[:N_CANDIDATES]:
@@ -150,7 +151,7 @@ def choose_codes(effect, topic, budget):
                     found[code] = towards
                 else:
                     candidates.remove(code)
-                bar.update()
+                tries.update()
             if not found:
                 break
             code = max(found, key=found.get)
@@ -196,11 +197,8 @@ class Effect:
     def places(self, topic):
         """Where one of the topic's words stands at most NEAR tokens away: bool (n, T)."""
         there = np.isin(self.tokens, topic.tokens(self.run.tokenizer))
-        near = there.copy()
-        for distance in range(1, NEAR + 1):
-            near[:, distance:] |= there[:, :-distance]
-            near[:, :-distance] |= there[:, distance:]
-        return near
+        around = np.pad(there, ((0, 0), (NEAR, NEAR)))
+        return sliding_window_view(around, 2 * NEAR + 1, axis=1).any(-1)
 
     def pull_of(self, topic, smooth=20):
         """How much more frequent each token is near the topic's words, in nats: (vocab_size,).

@@ -67,7 +67,8 @@ def check_choice(n_codes, k, similarity, selection):
 def check_left(blocked, k):
     """ValueError unless blocked (..., C), if anything is, leaves k codes everywhere."""
     if blocked is not None and ((~blocked).sum(-1) < k).any():
-        raise ValueError(f"blocked must leave k codes to choose from, here {k}, and leaves fewer")
+        most = blocked.shape[-1] - k
+        raise ValueError(f"at most {most} codes can be blocked: {k} must be left to choose from")
 
 
 def check_inputs(x, width):

@@ -242,11 +242,9 @@ def _register_fakes(device):
     def topk_cuda(x, codes, scale, offset, k, coarse):
         return topk(x, codes, k)
 
-    def pursuit(x, codes, k, *how):
-        return topk(x, codes, k)
-
-    for fake in (topk, pursuit) if device == "cpu" else (topk_cuda,):
-        torch.library.register_fake(f"minicode_native::{fake.__name__}", fake)
+    fakes = {"topk": topk, "pursuit": topk} if device == "cpu" else {"topk_cuda": topk_cuda}
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"minicode_native::{name}", fake)
 
 
 def main():

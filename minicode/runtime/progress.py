@@ -7,9 +7,9 @@ from tqdm import tqdm
 from minicode.runtime import processes
 
 
-def bar(*what, **how):
+def bar(*what, leave=False, **how):
     """A bar on stderr where that is a terminal, else one that does not show."""
-    return tqdm(*what, disable=processes.rank() > 0 or None, **how)
+    return tqdm(*what, leave=leave, disable=processes.rank() > 0 or None, **how)
 
 
 def say(text):

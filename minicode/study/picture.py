@@ -13,13 +13,13 @@ from minicode.study.machine import copy_codes, steer
 
 # in pixels
 WIDTH = 720
-HEIGHT = 526
 LEFT = 66  # of the first token
 CELL = 61  # from one token to the next
 GAP = 8  # between states
 ROW = 42  # from one row of codes to the next
 MOST_ROWS = 3
 PANEL = 104 + ROW * MOST_ROWS
+HEIGHT = 24 + 2 * PANEL
 
 MOST_TOKENS = 10
 
@@ -30,8 +30,7 @@ def picture(run, recording, kinds, path):
     if not fsm:
         raise ValueError("--picture is of TokFSM; on text: minicode.sample --force-code topic:NAME")
     # the first state is not shown: heads have nothing to look back at there
-    room = min(fsm.digits + MOST_TOKENS, run.config.block_size - 1)
-    n_states = room // fsm.digits
+    n_states = min(fsm.digits + MOST_TOKENS, run.config.block_size - 1) // fsm.digits
     if n_states < 3:
         raise ValueError("--picture needs a block with room for three states")
     given = 1 + (n_states + 1) // 2 * fsm.digits
@@ -42,8 +41,10 @@ def picture(run, recording, kinds, path):
     b = in_common.argmin()
     generator = torch.Generator(run.model.device).manual_seed(0)
 
-    def go_on(tokens, edits=()):
-        """The sequence to its end, with its codes, under these edits."""
+    def go_on(sites):
+        """The sequence to its end, with its codes; b's codes are forced at these sites."""
+        copy = copy_codes(run.model, sites)
+        tokens, _, edits = steer(fsm, run.model, prompt, [b], copy, generator)
         n_new = 1 + n_states * fsm.digits - tokens.shape[1]
         with ExitStack() as stack:
             for edit in edits:
@@ -52,11 +53,9 @@ def picture(run, recording, kinds, path):
             return record_codes(run.model, tokens.cpu().numpy())
 
     sheet = Sheet(fsm, recording, best_labels(recording, kinds), given)
-    sheet.panel(106, go_on(prompt), a, f"Left alone in state {fsm.name(a)}")
-    copy = copy_codes(run.model, run.sites())
-    steered, _, edits = steer(fsm, run.model, prompt, [b], copy, generator)
+    sheet.panel(64, go_on([]), a, f"Left alone in state {fsm.name(a)}")
     heading = f"The same, but in orange the codes of state {fsm.name(b)} are forced"
-    sheet.panel(106 + PANEL, go_on(steered, edits), b, heading, steered=True)
+    sheet.panel(64 + PANEL, go_on(run.sites()), b, heading, steered=True)
     write(path, sheet.svg())
     return {"picture": str(path)}, f"wrote {path}"
 
@@ -69,20 +68,19 @@ class Sheet(Drawing):
     """
 
     def __init__(self, fsm, recording, labels, given):
-        title = "Reading a network by its codes, and steering it"
-        super().__init__(title, WIDTH, HEIGHT)
+        super().__init__("Reading a network by its codes, and steering it", WIDTH, HEIGHT)
         self.fsm = fsm
         self.given = given
-        labels = enumerate(labels)
-        self.labels = {code: label for code, label in labels if label and label[-1] >= FITS}
+        self.labels = {}  # by the code's number: what it stands for, in two lines
+        for number, label in enumerate(labels):
+            if label and label[-1] >= FITS:
+                kind, name, *_ = label
+                self.labels[number] = two_lines(kind, name)
         # the columns of codes that have a label at the most positions
         often = np.isin(recording.fired, [*self.labels]).mean(0)
         self.columns = np.sort(np.argsort(-often)[:MOST_ROWS])
-        walk = f"only {fsm.n_edges} of its {fsm.n_states} states may follow a state"
-        about = "It sees no states. Below each digit: what its codes stand for"
-        self.text(0, 18, title, look="big ink")
-        self.text(0, 42, f"A network reads the digits of a machine that walks at random: {walk}.")
-        self.text(0, 60, f"{about} (empty: no label fits).")
+        places = f"the codes at {MOST_ROWS} places in the network stand for"
+        self.text(0, 18, f"Below each digit: what {places} (empty: no label fits).")
 
     def panel(self, y, recording, state, heading, steered=False):
         """A sequence with its codes, and whether what follows its given part may follow a state.
@@ -97,42 +95,32 @@ class Sheet(Drawing):
         self.text(0, y, heading, look="big forced" if steered else "big ink")
         self.text(WIDTH - GAP, y, "written by the network", "end", "c0")
         for row, column in enumerate(self.columns):
-            self.name(y + 44 + ROW * row, *recording.columns[column])
+            site, head = recording.columns[column]
+            name = f"{site}.{head}" if site.startswith("head") else site
+            self.text(0, y + 66 + ROW * row, name)
         for i, position in enumerate(range(1 + fsm.digits, len(tokens))):
             x = LEFT + CELL * i + GAP * (i // fsm.digits)
             after = position - self.given  # of the first new token
             look = "big c0" if after >= 0 else "big ink"
-            self.text(x + CELL / 2, y + 32, fsm.vocabulary[tokens[position]], "middle", look)
+            digit = fsm.vocabulary[tokens[position]]
+            self.text(x + CELL / 2, y + 32, digit, "middle", look)
             forced = steered and -1 <= after < fsm.digits - 1
             for row, number in enumerate(recording.fired[position, self.columns]):
                 self.cell(x, y + 44 + ROW * row, number, forced)
-        new = fsm.decode(tokens[self.given : self.given + fsm.digits])[0]
-        self.text(0, y + PANEL - 44, self.verdict(state, new))
-
-    def verdict(self, state, new):
-        """Whether a state is right where another is followed."""
-        fsm = self.fsm
-        may = " ".join(map(fsm.name, fsm.successors[state][:10]))
+        new = fsm.decode(tokens[self.given :])[0]
         right = "right" if new in fsm.successors[state] else "wrong"
+        may = " ".join(map(fsm.name, fsm.successors[state][:10]))
         follow = f"{fsm.name(state)} may be followed by {may}"
-        return f"{follow}. The network went on to {fsm.name(new)}: {right}."
-
-    def name(self, y, site, head):
-        """Where a row's codes are, in two lines."""
-        part, layer = site.split(".")
-        self.text(0, y + 15, f"layer {layer}")
-        self.text(0, y + 29, f"head {head}" if part == "head" else part.upper())
+        went_on = f"The network went on to {fsm.name(new)}: {right}."
+        self.text(0, y + PANEL - 44, f"{follow}. {went_on}")
 
     def cell(self, x, y, number, forced):
         """What a code stands for, in two lines; empty where no label fits."""
-        kind, name, *_ = self.labels.get(number, ("", ""))
-        kind, name = two_lines(kind, name)
-        color = "tint" if name else "bare"
-        ink = "ink"
-        if forced:
-            color = "forced"
-            ink = "on"
+        kind, name = self.labels.get(number, ("", ""))
+        ink = "on" if forced else "ink"
+        color = "forced" if forced else "tint" if name else "bare"
         box = f"M{x + 5} {y + 4}h{CELL - 10}v{ROW - 12}h{10 - CELL}z"
         self.shape(box, f"{color} filled", 6)
-        self.text(x + CELL / 2, y + 15, kind, "middle", f"small {ink}")
-        self.text(x + CELL / 2, y + 29, name, "middle", f"bold {ink}")
+        middle = x + CELL / 2
+        self.text(middle, y + 15, kind, "middle", f"small {ink}")
+        self.text(middle, y + 29, name, "middle", f"bold {ink}")

@@ -1,12 +1,13 @@
 """What the page shows of a code: where it fires and where not, what it does, which are near it."""
 
+from collections import defaultdict
 from functools import cache
 
 import numpy as np
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from minicode.codebook import codebooks
+from minicode.runtime.progress import bar
 from minicode.study.detectors import forced_distributions, overlap, spread
 from minicode.study.lookup import two_lines
 
@@ -36,7 +37,7 @@ def portraits(recording, kinds, labels, ranked):
     affordable = int(MOST_WORK / size / recording.tokens.shape[1])
     forced, free = forced_distributions(recording, living[:affordable])
     shown = np.sort(ranked)
-    near = Neighbours(recording, shown)
+    near = by_cosine(recording, shown)
 
     @cache
     def places_of(kind, name):
@@ -45,12 +46,16 @@ def portraits(recording, kinds, labels, ranked):
         return np.flatnonzero(np.isin(of_kind, alike))
 
     rows = []
-    for number in tqdm(shown.tolist(), desc="codes for the page", leave=False, disable=None):
+    for place, number in enumerate(bar(shown.tolist(), desc="codes for the page")):
         where = recording.where[number]
         row = [str(recording.names[number]), len(where)]
         row += examples(labels[number], where, places_of)
         row.append(lifted(forced[number], free[number]) if number in forced else [])
-        row += [near.by_cosine(number), near.by_overlap(number)] if len(where) else [[], []]
+        if len(where):
+            shares = overlap(where, recording.fired, recording.count)[shown]
+            row += [near[number], nearest(place, shares)]
+        else:
+            row += [[], []]
         rows.append(row)
     return rows
 
@@ -83,38 +88,27 @@ def digits(value):
     return float(f"{value:.4g}")
 
 
-class Neighbours:
-    """Of codes `shown` of a recording those near to one: [[place in shown, how near], ...]."""
+def by_cosine(recording, shown):
+    """Of each living code of `shown`, by its number: those near it in its codebook."""
+    together = defaultdict(list)  # places in shown, by codebook
+    for place, number in enumerate(shown):
+        code = recording.names[number]
+        if recording.count[number]:
+            together[code.site, code.group].append(place)
+    near = {}
+    for (site, group), places in together.items():
+        ids = [recording.names[number].id for number in shown[places]]
+        codes = codebooks(recording.model)[site].codes.detach()[group or 0, ids]
+        unit = F.normalize(codes.float(), dim=-1).cpu()
+        for place, own in zip(places, unit):
+            cosine = np.full(len(shown), -1.0)
+            cosine[places] = unit @ own
+            near[shown[place]] = nearest(place, cosine)
+    return near
 
-    def __init__(self, recording, shown):
-        self.recording = recording
-        self.shown = shown
-        self.alive = recording.count[shown] > 0
-        self.books = codebooks(recording.model)
-        self.directions = cache(self.directions)
 
-    def directions(self, site, group):
-        """The codes of a codebook with a length of 1 (C, d); and for each shown, its row or -1."""
-        codes = F.normalize(self.books[site].codes.detach()[group or 0].float(), dim=-1)
-        rows = []
-        for number, alive in zip(self.shown, self.alive):
-            code = self.recording.names[number]
-            same = alive and (code.site, code.group) == (site, group)
-            rows.append(code.id if same else -1)
-        return codes.cpu(), np.array(rows)
-
-    def by_cosine(self, number):
-        code = self.recording.names[number]
-        codes, rows = self.directions(code.site, code.group)
-        cosine = (codes @ codes[code.id]).numpy()
-        return self.nearest(number, np.where(rows < 0, -1, cosine[rows]))
-
-    def by_overlap(self, number):
-        recording = self.recording
-        shares = overlap(recording.where[number], recording.fired, recording.count)
-        return self.nearest(number, shares[self.shown])
-
-    def nearest(self, number, values):
-        values = np.where(self.shown == number, -1, values)
-        best = np.argsort(-values, kind="stable")[:N_NEAR]
-        return [[int(i), digits(values[i])] for i in best if values[i] > 0]
+def nearest(place, values):
+    """The highest values above 0, but for that of one place: [[place, value], ...]."""
+    values[place] = -1
+    best = np.argsort(-values, kind="stable")[:N_NEAR]
+    return [[int(i), digits(values[i])] for i in best if values[i] > 0]

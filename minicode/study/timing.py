@@ -54,7 +54,7 @@ def searches(x, codes, k):
     search = (x, codes, k, "cosine")
     methods = {
         "matmul + topk": lambda: torch.baddbmm(offset, x, table.mT).topk(k),
-        "PyTorch, chunks": lambda: topk.joined(topk.search_in_chunks(*search)),
+        "PyTorch, chunks": lambda: topk.search_in_chunks(*search),
     }
 
     def by_extension(coarse):
@@ -109,7 +109,7 @@ def bench_pursuit(x, codes, k):
     methods = {
         "nearest": partial(search, "nearest"),
         "definition": lambda: topk.pursuit_definition(*how),
-        "PyTorch, chunks": lambda: topk.joined(topk.pursue_in_chunks(*how)),
+        "PyTorch, chunks": lambda: topk.pursue_in_chunks(*how),
         "pursuit": partial(search, "pursuit"),
     }
     results = timed(methods)
