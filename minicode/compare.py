@@ -118,8 +118,8 @@ def name(method, k):
 def fitted(args, method, k, seed):
     """A model with features, what its sites pass on, and how many seconds it was trained."""
     if method in CODEBOOKS:
-        flags = f"--codebooks head,mlp --k {k} --selection {CODEBOOKS[method]} --seed {seed}".split()
-        run = network(args.out / f"{name(method, k)}-{seed}", *args.train, *flags)
+        flags = f"--codebooks head,mlp --k {k} --selection {CODEBOOKS[method]} --seed {seed}"
+        run = network(args.out / f"{name(method, k)}-{seed}", *args.train, *flags.split())
         return run.model, replaced, run.summary["seconds"]
     twin = dense(args, seed)
     torch.manual_seed(seed)

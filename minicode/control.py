@@ -160,16 +160,20 @@ class _Control(list):
 
 
 def choose(codebook, a, blocked):
-    """Ids (N, G, k) for a (N, G, d): where one of them is blocked, chosen anew without these."""
+    """Ids (N, G, k) for a (N, G, d): where one of them is blocked, all chosen anew, without it."""
     ids = codebook.search(a)
-    if not blocked:
-        return ids
-    closed = torch.zeros((*a.shape[:2], codebook.n_codes), dtype=torch.bool, device=a.device)
-    codes = torch.arange(codebook.n_codes, device=a.device)
+    hit = torch.zeros(ids.shape[:-1], dtype=torch.bool, device=a.device)  # (N, G)
     for never in blocked.values():
-        closed |= codes == never
-    hit = closed.gather(-1, ids).any(-1, keepdim=True)  # (N, G, 1)
-    return torch.where(hit, codebook.search(a, closed), ids) if hit.any() else ids
+        hit |= (ids == never).any(-1)
+    at = hit.any(-1)  # (N,)
+    if at.any():
+        codes = torch.arange(codebook.n_codes, device=a.device)
+        closed = torch.zeros_like(hit[at]).unsqueeze(-1)
+        for never in blocked.values():
+            closed = closed | (codes == never[at])  # (n, G, C)
+        again = codebook.search(a[at], closed)
+        ids[at] = again.where(hit[at].unsqueeze(-1), ids[at])
+    return ids
 
 
 def put_in(ids, forced):

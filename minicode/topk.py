@@ -23,7 +23,7 @@ from minicode.runtime.precision import float32_throughout
 def definition(x, codes, k, similarity):
     """x (G, N, d), codes (G, C, d) -> scores, ids (G, N, k), best first; of equals the lower id."""
     scale, offset = scale_and_offset(codes, similarity)
-    scores = finite((x.float() @ codes.float().mT) * scale + offset)  # (G, N, C)
+    scores = nan_loses((x.float() @ codes.float().mT) * scale + offset)  # (G, N, C)
     scores, ids = scores.sort(dim=-1, descending=True, stable=True)
     return scores[..., :k], ids[..., :k]
 
@@ -117,8 +117,8 @@ def joined(found):
     return torch.cat(scores, dim=1), torch.cat(ids, dim=1)
 
 
-def score(x, codes, similarity, blocked, on_cpu=1 << 21):
-    """Scores (G, n, C) of some rows after the other, those of blocked codes -inf.
+def score(x, codes, similarity, blocked, clean, on_cpu=1 << 21):
+    """Scores (G, n, C) of some rows after the other, cleaned of NaN, those of blocked codes -inf.
 
     At once so many as take 8 MB (on_cpu: how many that is), or on a GPU 64.
     """
@@ -129,7 +129,7 @@ def score(x, codes, similarity, blocked, on_cpu=1 << 21):
     parts = x.split(at_once, dim=1)
     bad = [None] * len(parts) if blocked is None else blocked.split(at_once, dim=1)
     for rows, bad_of_rows in zip(parts, bad):
-        scores = finite(torch.baddbmm(offset, rows.float(), table))
+        scores = clean(torch.baddbmm(offset, rows.float(), table))
         if bad_of_rows is not None:
             scores.masked_fill_(bad_of_rows, -torch.inf)
         yield scores
@@ -137,7 +137,8 @@ def score(x, codes, similarity, blocked, on_cpu=1 << 21):
 
 def search_in_chunks(x, codes, k, similarity, blocked=None):
     """The definition, in chunks of rows."""
-    return joined(best_of(scores, k) for scores in score(x, codes, similarity, blocked))
+    clean = nan_loses if blocked is None else finite  # so that only what is blocked is -inf
+    return joined(best_of(scores, k) for scores in score(x, codes, similarity, blocked, clean))
 
 
 def best_of(scores, k):
@@ -179,7 +180,7 @@ def pursue_in_chunks(x, codes, k, similarity, blocked=None):
         change = partial(rows_of, change(every))  # (G, C, C)
         on_cpu = 1 << 18
     found = []
-    for scores in score(x, codes, similarity, blocked, on_cpu):
+    for scores in score(x, codes, similarity, blocked, finite, on_cpu):
         chosen = []
         for _ in range(k):
             best = scores.max(dim=-1)  # the first of equals; (G, n)
@@ -202,6 +203,11 @@ def change_by_choice(minus_codes, table, ids):
     """
     change = finite(rows_of(minus_codes, ids) @ table).clamp_(-1e30, 1e30)
     return change.scatter_(-1, ids.unsqueeze(-1), -torch.inf)
+
+
+def nan_loses(scores):
+    """In place: NaN becomes -infinity."""
+    return scores.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def finite(scores):

@@ -256,6 +256,7 @@ def test_searches_at_the_edge():
         closed = torch.ones(6, 6, dtype=torch.bool)
         closed[:, :2] = False
         assert (topk_codes(x, x, 2, selection=selection, blocked=closed)[1] < 2).all()
+        assert (topk_codes(x * torch.nan, x, 2, selection=selection, blocked=~closed)[1] > 1).all()
         with pytest.raises(ValueError, match="at most 3 codes can be blocked: 3 must be left"):
             topk_codes(x, x, 3, selection=selection, blocked=closed)
 
