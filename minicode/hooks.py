@@ -184,9 +184,11 @@ def find_sites(model, sites, layers):
     if isinstance(sites, dict):
         found = find_patterns(model, sites)
     else:
-        found = find_in_blocks(model, [name.strip() for name in sites.split(",")])
+        names = sites.split(",") if isinstance(sites, str) else sites
+        found = find_in_blocks(model, [name.strip() for name in names])
     there_are = {layer for _, layer in found}
     wanted = there_are if layers is None else layers
+    wanted = [wanted] if isinstance(wanted, int) else wanted
     for layer in wanted:
         if layer not in there_are:
             raise ValueError(f"layers: this model has 0 to {max(there_are)}, not {layer}")

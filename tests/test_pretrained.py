@@ -213,7 +213,7 @@ def test_gradients_and_usage_with_and_without_checkpointing(checkpointing):
 
 
 def test_errors_are_relative_to_the_variance_of_each_site():
-    model = attach(make(), "mlp", n_codes=16, k=2, layers=[1]).train()
+    model = attach(make(), ["mlp"], n_codes=16, k=2, layers=1).train()
     book = codebooks(model)["mlp.1"]
     inputs = []
     book.register_forward_pre_hook(lambda book, arguments: inputs.append(arguments[0]))

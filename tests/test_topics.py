@@ -262,11 +262,13 @@ def test_random_codes_are_as_many_others_that_cost_as_much(stories_run):
 
 def test_the_share_in_the_data_is_of_texts_behind_the_words(own_run):
     run = load_run(own_run)
-    topic = find_topic(run, "words:king/queen")
-    assert steering.share_in_data(run, topic) > 0.9  # a few words later
-    assert steering.share_in_data(run, find_topic(run, "words:king/zebra")) == 0
-    nowhere = topics.Topic("word:zebra", re.compile("zebra"), topic.counted_by)
-    assert steering.share_in_data(run, nowhere) is None
+    queen, zebra = (find_topic(run, f"words:king/{word}") for word in ("queen", "zebra"))
+    nowhere = topics.Topic("word:zebra", re.compile("zebra"), queen.counted_by)
+    shares = steering.shares_in_data(run, [queen, zebra, nowhere])
+    assert shares[queen] > 0.9  # a few words later
+    assert shares[zebra] == 0
+    assert shares[nowhere] is None
+    assert steering.shares_in_data(run, [queen]) == {queen: shares[queen]}
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +278,7 @@ def interpreted_run(stories_run, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steering, "N_SAMPLES", 1)
         patch.setattr(steering, "N_RANDOM", 2)
-        patch.setattr(steering, "share_in_data", partial(steering.share_in_data, most=32))
+        patch.setattr(steering, "shares_in_data", partial(steering.shares_in_data, most=32))
         patch.setattr(topics, "N_CANDIDATES", 3)
         patch.setattr(topics, "MOST", 2)
         interpret(["--run", str(folder)])

@@ -77,24 +77,27 @@ def random_codes(run, effect, codes, rng):
     return sets[min(sets)]
 
 
-def share_in_data(run, topic, most=512):
-    """Of texts as long that follow one of its words in the training text: how many mention it.
+def shares_in_data(run, topics, most=512):
+    """{topic: of texts as long that follow one of its words in the training text, its mentions}.
 
-    What steering can be compared with. None where there are no such texts.
+    A share, what steering can be compared with; None where there are no such texts.
     """
-    words = topic.tokens(run.tokenizer)
     length = min(run.data.sample_length, run.config.block_size)
     rng = np.random.default_rng(0)
-    texts = []
+    words = {topic: topic.tokens(run.tokenizer) for topic in topics}
+    texts = {topic: [] for topic in topics}
     for _ in range(16):
-        for row in run.data.sequences(rng, most, 2 * length):
-            comes = np.flatnonzero(np.isin(row[:length], words))
-            if len(comes):
-                start = comes[0] + 1
-                texts.append(run.tokenizer.decode(row[start : start + length].tolist()))
-        if len(texts) >= most:
+        missing = [topic for topic in topics if len(texts[topic]) < most]
+        if not missing:
             break
-    return topic.count(texts) / len(texts) if texts else None
+        rows = run.data.sequences(rng, most, 2 * length)
+        for topic in missing:
+            comes = np.isin(rows[:, :length], words[topic])
+            for i in np.flatnonzero(comes.any(1)):
+                start = comes[i].argmax() + 1
+                text = run.tokenizer.decode(rows[i, start : start + length].tolist())
+                texts[topic].append(text)
+    return {topic: topic.count(own) / len(own) if own else None for topic, own in texts.items()}
 
 
 def steering_table(run, asked, budget):
@@ -102,14 +105,16 @@ def steering_table(run, asked, budget):
 
     {"topics": {name: {"before", "after", "random", "logit_bias", "in_data": shares,
     "perplexity_before" and so on: those of the texts under the dense model, "codes"}},
-    "mean": {...}, "budget"}. "in_data" is share_in_data.
+    "mean": {...}, "budget"}. "in_data" is of shares_in_data.
     """
     codes = codes_of_topics(run, asked, budget)
     effect = Effect(run)
     left_alone = continuations(run, [])
+    in_data = shares_in_data(run, asked)
     topics = {}
     for topic in bar(asked, desc="steering"):
-        topics[topic.title] = steer(run, effect, topic, codes[topic], left_alone)
+        row = steer(run, effect, topic, codes[topic], left_alone)
+        topics[topic.title] = {"codes": codes[topic], "in_data": in_data[topic], **row}
     mean = {}
     for measure in topics[asked[0].title]:
         values = [row[measure] for row in topics.values() if row[measure] is not None]
@@ -129,7 +134,7 @@ def steer(run, effect, topic, codes, left_alone):
         "random": continuations(run, others),
         "logit_bias": continuations(run, [], words),
     }
-    row = {"codes": codes, "in_data": share_in_data(run, topic)}
+    row = {}
     for way, (texts, surprise) in made.items():
         row[way] = topic.count(texts) / len(texts)
         row[f"perplexity_{way}"] = surprise
