@@ -78,9 +78,10 @@ def random_codes(run, effect, codes, rng):
 
 
 def shares_in_data(run, topics, most=512):
-    """{topic: of texts as long that follow one of its words in the training text, its mentions}.
+    """What steering can be compared with, {topic: a share}; None where there are no such texts.
 
-    A share, what steering can be compared with; None where there are no such texts.
+    Of texts as long that follow one of the topic's words in the training text, the share that
+    mention it.
     """
     length = min(run.data.sample_length, run.config.block_size)
     rng = np.random.default_rng(0)
@@ -97,7 +98,10 @@ def shares_in_data(run, topics, most=512):
                 start = comes[i].argmax() + 1
                 text = run.tokenizer.decode(rows[i, start : start + length].tolist())
                 texts[topic].append(text)
-    return {topic: topic.count(own) / len(own) if own else None for topic, own in texts.items()}
+    shares = {}
+    for topic, own in texts.items():
+        shares[topic] = topic.count(own) / len(own) if own else None
+    return shares
 
 
 def steering_table(run, asked, budget):
