@@ -33,8 +33,12 @@ def cells(results, names):
 def cell(values):
     if not values:
         return "-"
-    mean = f"{np.mean(values):.3f}"
-    return f"{mean} ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else mean
+    mean, lowest, highest = map(number, (np.mean(values), min(values), max(values)))
+    return f"{mean} ({lowest} to {highest})" if len(values) > 1 else mean
+
+
+def number(value):
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def flat(figures, before=""):
