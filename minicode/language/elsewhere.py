@@ -42,7 +42,7 @@ def elsewhere(run, recording, kinds, paths):
     for path in paths:
         places[path] = of_file(run.data, path, 3 * size[0], size[1])
     result = {}
-    for place, (tokens, about, among) in bar(places.items(), desc="elsewhere", leave=False):
+    for place, (tokens, about, among) in bar(places.items(), desc="elsewhere"):
         found = record_codes(run.model, tokens)
         rows = [counts(found, code, topic, among) for code, topic in zip(best, about)]
         result[place] = measures(np.sum(rows, axis=0)) | {"tokens": tokens.size, "codes": {}}

@@ -110,7 +110,7 @@ def run_to_the_end(session, compare):
     summary = train(session)
     processes.leave()
     if summary is None:
-        goes_on = "the same command, with --resume and not --overwrite, continues it"
+        goes_on = "the same command continues it; of training, with --resume and not --overwrite"
         if first:
             print(f"\nstopped; {goes_on}", file=sys.stderr)
         return 130

@@ -12,12 +12,12 @@ from functools import cache
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from minicode.codebook import codebooks, perplexity
 from minicode.control import force, record
 from minicode.model import evaluating
 from minicode.notation import codes_of
+from minicode.runtime.progress import bar
 
 N_SEQUENCES = 512  # that codes are recorded on
 MOST_CHOICES = 1 << 26  # of codes, in all of them: large models get fewer sequences
@@ -299,7 +299,7 @@ def forced_distributions(recording, numbers, n_contexts=16):
     left_alone = cache(after)
     free = {}
     forced = {}
-    for number in tqdm(numbers, desc="forcing codes", leave=False, disable=None):
+    for number in bar(numbers, desc="forcing codes"):
         at = recording.where[number] % length
         last = at[at >= 3].min(initial=length - 1)
         free[number] = left_alone(last)

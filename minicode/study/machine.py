@@ -17,11 +17,11 @@ from statistics import fmean, stdev
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from minicode.codebook import codebooks
 from minicode.control import force
 from minicode.model import choose, evaluating
+from minicode.runtime.progress import bar
 from minicode.study.detectors import chosen, inputs
 
 N_SEEDS = 5  # samples by which control is measured,
@@ -224,7 +224,7 @@ def control_study(run, n_pairs=400):
         for layer in range(run.config.n_layer):
             shifts[layer] = add_mean_difference(run.fsm, run.dense, layer, rng)
     samples = defaultdict(list)  # figures by way and place
-    for _ in tqdm(range(N_SEEDS), desc="control", leave=False, disable=None):
+    for _ in bar(range(N_SEEDS), desc="control"):
         drawn = draw_pairs(run, n_pairs, rng)
         for way, intervene in {**forced, **shifts}.items():
             model = run.dense if way in shifts else run.model

@@ -15,8 +15,8 @@ batchtopk  for n activations the n k highest scores, so that some get more featu
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
+from minicode.runtime.progress import bar
 from minicode.topk import topk_codes
 
 RATE = 3e-3  # of learning, at first
@@ -146,7 +146,7 @@ def train(autoencoders, batches):
         parameters += one.parameters()
     optimizer = torch.optim.Adam(parameters, lr=RATE)
     (group,) = optimizer.param_groups
-    for step, batch in enumerate(tqdm(batches, desc="autoencoders", leave=False, disable=None)):
+    for step, batch in enumerate(bar(batches, desc="autoencoders")):
         group["lr"] = RATE * (1 - step / len(batches))
         loss = 0
         for site, activations in batch().items():
