@@ -76,13 +76,13 @@ def ways(args):
 def make_parser():
     parser = Parser("compare", __doc__)
     flag = parser.add_argument
-    there_are = f"these, of {', '.join(METHODS)} (default: all)"
+    there_are = f"these, of {'; '.join(METHODS)} (default: all)"
     flag("--only", nargs="+", choices=METHODS, metavar="METHOD", help=there_are)
     flag("--k", nargs="+", type=int, default=[1, 2, 4, 8], help="of each (default: 1 2 4 8)")
     flag("--seeds", type=int, default=3, help="seeds of each (default: 3)")
     flag("--out", type=Path, default=Path("runs/compare"), help="folder (default: runs/compare)")
     flag("--figures", type=Path, metavar="FOLDER", help="write the figures there, as SVG")
-    text = "flags of train_fsm for all networks: what is left of the line"
+    text = "the rest of the line: flags of train_fsm for all networks, but for what makes a row"
     flag("--train", nargs=argparse.REMAINDER, default=[], metavar="FLAGS", help=text)
     return parser
 

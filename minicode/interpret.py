@@ -11,7 +11,6 @@ python -m minicode.interpret --picture FILE.svg    a sequence with its codes, an
 """
 
 import json
-import sys
 from pathlib import Path
 
 from minicode.language.elsewhere import elsewhere
@@ -20,6 +19,7 @@ from minicode.notation import Code
 from minicode.runtime.arguments import check_range
 from minicode.runtime.options import Parser
 from minicode.runtime.runs import latest_run, load_run
+from minicode.study.demonstration import note_unlearnt
 from minicode.study.detectors import held_out, record_codes
 from minicode.study.lookup import compare, look_up, search
 from minicode.study.picture import picture
@@ -33,10 +33,7 @@ def main(argv=None):
     with parser.user_errors():
         run = load_run(args.run or latest_run())
         result, text = answer(run, args)
-    learnt = run.summary.get("transition_accuracy", 1)
-    if learnt < 0.9:
-        about = f"{run.folder} has not learnt the machine (transition accuracy {learnt:.2f})"
-        print(f"note: {about}: its codes will not mean much", file=sys.stderr)
+    note_unlearnt(run)
     print(json.dumps(result) if args.json else text)
     return result
 

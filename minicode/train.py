@@ -131,7 +131,7 @@ def pass_over(model, data, tokens):
 
 
 def evaluate(model, data, seed, n, zero=False):
-    """The measures of a model on n fresh sequences, by the names of design.md, ready for JSON.
+    """The measures of a model on n fresh sequences, ready for JSON.
 
     zero: with the loss of the model whose sites pass on nothing.
     """

@@ -240,7 +240,13 @@ def test_the_tables_are_of_the_files(few, tmp_path, monkeypatch, capsys):
     assert "has other settings" in refusal(compare.main, *flags, capsys=capsys)
 
 
-def test_flags_for_all_networks_leave_each_row_its_own(few, tmp_path):
+def test_a_run_is_no_folder_of_runs(tiny_run, tmp_path, capsys):
+    flags = ["--out", str(tiny_run), "--only", "neurons"]
+    assert "is the folder of a run: runs over" in refusal(compare.main, *flags, capsys=capsys)
+    assert not (tiny_run / "dense-0").exists()
+
+
+def test_flags_for_all_networks_leave_each_row_its_own(few, tmp_path, capsys):
     flags = ["--seeds", "2", "--k", "2", "--only", "codebooks, pursuit", *SMALL, "--steps", "4"]
     others = ["--seed", "5", "--k", "3", "--codebooks", "head"]
     compare.main(["--out", str(tmp_path), *flags, *others])
@@ -249,6 +255,7 @@ def test_flags_for_all_networks_leave_each_row_its_own(few, tmp_path):
         assert (dense.seed, dense.codebooks) == (seed, "none")
         codes = load_run(tmp_path / f"codebooks-pursuit-2-{seed}").config
         assert (codes.seed, codes.k) == (seed, 2)
+    assert capsys.readouterr().err.count("has not learnt the machine") == 4
 
 
 def figures_of(folder, name):

@@ -218,6 +218,7 @@ def test_no_picture_of_text_or_of_a_block_without_room(interpreted, tmp_path, ca
     "flags, words",
     [
         (["--run", "nowhere"], "there is no run in nowhere"),
+        (["--run", __file__], "is a file, not the folder of a run"),
         (["--search", "("], "'(' is not a regular expression"),
         (["--code", "mlp.1.99"], "mlp.1 has no code 99; its codes are 0 to 31"),
         (["--compare", "nowhere"], "there is no run in nowhere"),

@@ -246,7 +246,7 @@ def test_ctrl_c_leaves_a_run_that_resumes(tmp_path):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=100)
     assert process.returncode == 130
-    assert "continues it; of training, with --resume and not --overwrite" in stderr
+    assert "with --resume and not --overwrite, continues it" in stderr
     assert "Traceback" not in stderr
     state = torch.load(folder / "train_state.pt", weights_only=True)
     assert 30 <= state["step"] < 4000

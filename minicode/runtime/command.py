@@ -41,7 +41,7 @@ def report(run, compared):
     length = min(run.data.sample_length, run.config.block_size)
     generator = torch.Generator().manual_seed(run.config.seed)
     tokens = run.model.generate(run.data.prompt(""), length, generator=generator)
-    demonstration = " --force-code" if run.fsm else ""
+    demonstration = " --force-code" if run.fsm and run.config.sites() else ""
     return (
         f"{compared}\n"
         f"{run.summary['tokens'] / 1e6:.1f} M tokens in {run.summary['seconds']:.0f} s\n"
@@ -63,7 +63,7 @@ def flags(name, about, kind, presets, out):
         "--preset",
         choices=presets,
         default="default",
-        help="settings to start from (default: ours); paper: its method and size, if offered",
+        help="settings to start from (default: %(default)s)",
     )
     add_flags(parser.add_argument_group("the data"), kind, {})
     add_flags(parser, TrainConfig, presets["default"])
@@ -110,7 +110,7 @@ def run_to_the_end(session, compare):
     summary = train(session)
     processes.leave()
     if summary is None:
-        goes_on = "the same command continues it; of training, with --resume and not --overwrite"
+        goes_on = "the same command, with --resume and not --overwrite, continues it"
         if first:
             print(f"\nstopped; {goes_on}", file=sys.stderr)
         return 130

@@ -234,6 +234,8 @@ def load_run(folder, device="cpu"):
     """
     folder = Path(folder)
     check_name(folder)
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file, not the folder of a run")
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"there is no run in {folder}: python -m minicode.train_fsm --out {folder} makes one"

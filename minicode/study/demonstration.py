@@ -1,5 +1,7 @@
 """The demonstration: a run in one state is made to act as if in another."""
 
+import sys
+
 import numpy as np
 import torch
 
@@ -47,6 +49,14 @@ def demonstrate(run, args):
         "forced": [f"{own.names[number]}@{length - 1}" for number in own.fired[-1]],
         **controls(run, generator, args.seed),
     }
+
+
+def note_unlearnt(run):
+    """Says of a run that has not learnt its machine that it has little to show."""
+    accuracy = run.summary.get("transition_accuracy", 1)
+    if accuracy < LEARNT:
+        about = f"{run.folder} has not learnt the machine (transition accuracy {accuracy:.2f})"
+        print(f"note: {about}: what it shows will not mean much", file=sys.stderr)
 
 
 def far_state(fsm, a, rng):

@@ -1,21 +1,28 @@
 """Runs over several seeds: trained unless they were, and their figures as tables and charts."""
 
+import sys
 from collections import defaultdict
 
 import numpy as np
 
 from minicode.runtime.files import write
 from minicode.runtime.runs import load_run
+from minicode.study.demonstration import note_unlearnt
 from minicode.study.figures import lines
 
 
 def trained(train, folder, flags):
     """The run in a folder, which the command `train` trains there, or trains on, unless it was."""
+    if (folder.parent / "config.json").exists():
+        raise ValueError(f"{folder.parent} is the folder of a run: runs over seeds want another")
     again = ["--resume"] if (folder / "config.json").exists() else []
     status = train([*flags, "--out", str(folder), *again])
     if status:
+        print("(or this command, as it is, goes on with it)", file=sys.stderr)
         raise SystemExit(status)
-    return load_run(folder)
+    run = load_run(folder)
+    note_unlearnt(run)
+    return run
 
 
 def table(corner, columns, rows):
