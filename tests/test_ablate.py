@@ -86,7 +86,7 @@ def test_a_table_with_a_method_replaced_is_made_once(tmp_path, monkeypatch, caps
     main(flags)
     assert len(used) == 2  # head and mlp of one layer
     assert Codebook.start is before
-    head, rule, row = capsys.readouterr().out.splitlines()[-3:]
+    head, rule, row = capsys.readouterr().out.rstrip().splitlines()[-3:]
     assert head == "| idea | loss | transition accuracy | dead code fraction | control mlp |"
     assert rule == "| --- | --- | --- | --- | --- |"
     path = tmp_path / "fsm" / "a-small-one-0" / "answers.json"
@@ -97,7 +97,7 @@ def test_a_table_with_a_method_replaced_is_made_once(tmp_path, monkeypatch, caps
 
     weights = path.with_name("model.pt").stat()
     main(flags)
-    assert capsys.readouterr().out.splitlines()[-3:] == [head, rule, row]
+    assert capsys.readouterr().out.rstrip().splitlines()[-3:] == [head, rule, row]
     assert path.with_name("model.pt").stat() == weights  # it is not trained again
     flags[flags.index("2")] = "3"
     assert "has other settings" in refusal(main, *flags, capsys=capsys)

@@ -207,8 +207,8 @@ def test_the_tables_are_of_the_files(few, tmp_path, monkeypatch, capsys):
     small = [*SMALL, "--steps", "20"]
     compare.main([*flags, *small])
     printed = capsys.readouterr().out.splitlines()
-    n_lines = len(judge.COLUMNS) * (2 + len(ONLY))
-    tables = [line.split("|")[1:-1] for line in printed[-n_lines:]]
+    n_lines = len(judge.COLUMNS) * (3 + len(ONLY))
+    tables = [line.split("|")[1:-1] for line in printed[-n_lines:] if line]
     for method in ONLY:
         name = compare.name(method, None if method in compare.WITHOUT_K else 1)
         files = [tmp_path / f"dense-{seed}" / f"{name}.json" for seed in range(2)]

@@ -26,10 +26,10 @@ def trained(train, folder, flags):
 
 
 def table(corner, columns, rows):
-    """Markdown: the names of columns; rows {name: cells}."""
+    """Markdown, a blank line behind it: the names of columns; rows {name: cells}."""
     lines = [[corner, *columns], ["---"] * (1 + len(columns))]
     lines += [[name, *cells] for name, cells in rows.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("_", " ")
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("_", " ") + "\n"
 
 
 def cells(results, names):
