@@ -17,8 +17,9 @@ def trained(train, folder, flags):
         raise ValueError(f"{folder.parent} is the folder of a run: runs over seeds want another")
     again = ["--resume"] if (folder / "config.json").exists() else []
     status = train([*flags, "--out", str(folder), *again])
-    if status:
+    if status == 130:
         print("(or this command, as it is, goes on with it)", file=sys.stderr)
+    if status:
         raise SystemExit(status)
     run = load_run(folder)
     note_unlearnt(run)
@@ -27,9 +28,9 @@ def trained(train, folder, flags):
 
 def table(corner, columns, rows):
     """Markdown, a blank line behind it: the names of columns; rows {name: cells}."""
-    lines = [[corner, *columns], ["---"] * (1 + len(columns))]
-    lines += [[name, *cells] for name, cells in rows.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("_", " ") + "\n"
+    grid = [[corner, *columns], ["---"] * (1 + len(columns))]
+    grid += [[name, *cells] for name, cells in rows.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in grid).replace("_", " ") + "\n"
 
 
 def cells(results, names):
