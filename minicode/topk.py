@@ -100,7 +100,7 @@ def _search(
     pays = not pursuit or (x.is_cpu and gram_pays(x, codes, k))
     with torch.autocast(x.device.type, enabled=False):
         if blocked is None and pays and native.serves(x, k):
-            return joined(native.search(x, codes, k, similarity, scale_and_offset, pursuit))
+            return native.search(x, codes, k, similarity, scale_and_offset, pursuit)
         with float32_throughout():
             return search(x, codes, k, similarity, blocked)
 
@@ -111,21 +111,19 @@ def _(x, codes, k, *how):
     return scores, torch.empty_like(scores, dtype=torch.int64)
 
 
-def joined(found):
-    """The scores and ids of all chunks, (scores, ids) each, as one pair."""
-    scores, ids = zip(*found)
-    return torch.cat(scores, dim=1), torch.cat(ids, dim=1)
+def scaled(codes, similarity):
+    """What x is multiplied with, and what is added then: (G, d, C) and (G, 1, C)."""
+    scale, offset = scale_and_offset(codes, similarity)
+    return (codes.float() * scale.mT).mT, offset
 
 
-def score(x, codes, similarity, blocked, clean, on_cpu=1 << 21):
+def score(x, table, offset, blocked, clean, on_cpu=1 << 21):
     """Scores (G, n, C) of some rows after the other, cleaned of NaN, those of blocked codes -inf.
 
     At once so many as take 8 MB (on_cpu: how many that is), or on a GPU 64.
     """
-    scale, offset = scale_and_offset(codes, similarity)
-    table = (codes.float() * scale.mT).mT  # (G, d, C)
     most = 1 << 24 if x.is_cuda else on_cpu
-    at_once = max(1, most // codes.shape[:2].numel())
+    at_once = max(1, most // offset.numel())
     parts = x.split(at_once, dim=1)
     bad = [None] * len(parts) if blocked is None else blocked.split(at_once, dim=1)
     for rows, bad_of_rows in zip(parts, bad):
@@ -138,7 +136,8 @@ def score(x, codes, similarity, blocked, clean, on_cpu=1 << 21):
 def search_in_chunks(x, codes, k, similarity, blocked=None):
     """The definition, in chunks of rows."""
     clean = nan_loses if blocked is None else finite  # so that only what is blocked is -inf
-    return joined(best_of(scores, k) for scores in score(x, codes, similarity, blocked, clean))
+    chunks = score(x, *scaled(codes, similarity), blocked, clean)
+    return native.joined([best_of(scores, k) for scores in chunks])
 
 
 def best_of(scores, k):
@@ -148,8 +147,8 @@ def best_of(scores, k):
     best, ids = scores.topk(min(k + 1, scores.shape[-1]))  # one more, which may equal the k-th
     tied = (best[..., 1:] == best[..., :-1]).any(-1)  # (G, n): of equals topk takes any
     every, columns = scores[tied].sort(dim=-1, descending=True, stable=True)
-    best = best[..., :k]
-    ids = ids[..., :k]
+    best = best[..., :k].contiguous()
+    ids = ids[..., :k].contiguous()
     best[tied] = every[:, :k]
     ids[tied] = columns[:, :k]
     return best, ids
@@ -172,22 +171,22 @@ def pursue_in_chunks(x, codes, k, similarity, blocked=None):
     """
     groups, n_codes, _ = codes.shape
     codes = codes.float()
-    scale, _ = scale_and_offset(codes, similarity)
-    change = partial(change_by_choice, -codes, (codes * scale.mT).mT)
+    table, offset = scaled(codes, similarity)
+    change = partial(change_by_choice, -codes, table)
     on_cpu = 1 << 21
     if gram_pays(x, codes, k):
         every = torch.arange(n_codes, device=x.device).expand(groups, -1)
         change = partial(rows_of, change(every))  # (G, C, C)
         on_cpu = 1 << 18
     found = []
-    for scores in score(x, codes, similarity, blocked, finite, on_cpu):
+    for scores in score(x, table, offset, blocked, finite, on_cpu):
         chosen = []
         for _ in range(k):
             best = scores.max(dim=-1)  # the first of equals; (G, n)
             chosen.append(best)
             scores += change(best.indices)
         found.append([torch.stack(parts, dim=-1) for parts in zip(*chosen)])
-    return joined(found)
+    return native.joined(found)
 
 
 def rows_of(table, ids):

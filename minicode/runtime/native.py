@@ -12,8 +12,16 @@ def serves(x, k):
     return served and (x.is_cpu or gpu.serves(x, k))
 
 
+def joined(found):
+    """The scores and ids of all parts of the rows [(scores, ids), ...] as one pair."""
+    if len(found) == 1:
+        return tuple(found[0])
+    scores, ids = zip(*found)
+    return torch.cat(scores, dim=1), torch.cat(ids, dim=1)
+
+
 def search(x, codes, k, similarity, scale_and_offset, pursuit=False, coarse=True):
-    """x (G, N, d), codes (G, C, d), of any type -> [(scores, ids)], part by part, in float32.
+    """x (G, N, d), codes (G, C, d), of any type -> scores, ids (G, N, k), in float32.
 
     scale_and_offset: the function of minicode.topk. pursuit: on a CPU alone. coarse: after a pass
     in a rounded form, where the search is large enough for that to pay.
@@ -29,11 +37,11 @@ def search(x, codes, k, similarity, scale_and_offset, pursuit=False, coarse=True
             search_rows = torch.ops.minicode_native.pursuit
             how = (codes, k, kind)
         if x.dtype == torch.float32 and x.stride(-1) == 1:  # it is read where it lies
-            return [search_rows(x, *how)]
+            return search_rows(x, *how)
     else:
         search_rows = gpu.search
         how = (codes, *scale_and_offset(codes, similarity), k, coarse)
     held = codes.shape[0] * max(128, x.shape[2])  # a row, or on a GPU its list of candidates
     most = 1 << 24 if x.is_cuda else 1 << 21
     parts = x.split(max(1, most // held), dim=1)
-    return [search_rows(rows.float().contiguous(), *how) for rows in parts]
+    return joined([search_rows(rows.float().contiguous(), *how) for rows in parts])

@@ -57,12 +57,10 @@ def searches(x, codes, k):
         "PyTorch, chunks": lambda: topk.search_in_chunks(*search),
     }
 
-    def by_extension(coarse):
-        return topk.joined(native.search(*search, topk.scale_and_offset, coarse=coarse))
-
     if native.serves(x, k):
+        by_extension = partial(native.search, *search, topk.scale_and_offset)
         methods["float32"] = partial(by_extension, coarse=False)
-        methods["coarse + float32"] = partial(by_extension, coarse=True)
+        methods["coarse + float32"] = by_extension
     if importlib.util.find_spec("faiss") and not x.is_cuda:
         methods["faiss"] = _faiss(x.numpy(), table.numpy(), k)
     return methods
