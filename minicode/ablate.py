@@ -10,7 +10,6 @@ of seed 0. Stopped, it goes on with the training, or the question, that it was a
 """
 
 import json
-import re
 import shlex
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,7 +26,7 @@ from minicode.runtime.options import Parser
 from minicode.runtime.streams import outlive
 from minicode.study.demonstration import controls
 from minicode.study.ideas import REPLACED, TABLES
-from minicode.study.over_seeds import cells, flat, questions, table, table_of, trained
+from minicode.study.over_seeds import cells, file_name, flat, questions, table, table_of, trained
 from minicode.train_fsm import main as train_fsm
 from minicode.train_text import main as train_text
 
@@ -94,7 +93,7 @@ def answers(args, asked, idea, seed):
     if asked.interpreted and run.config.sites():
         to_ask += args.interpret or [""]
         if seed:
-            first = run.folder.with_name(name(idea, 0))
+            first = run.folder.with_name(file_name(f"{idea} 0"))
             to_ask.append(f"--compare {shlex.quote(str(first))}")
     path = run.folder / "answers.json"
     known = read_json(path, dict) if path.exists() else {}
@@ -110,7 +109,7 @@ def run_of(args, asked, idea, seed):
     steps = asked.steps if args.steps is None else args.steps
     flags = f"--steps {steps} --eval-every {max(1, steps // 20)} --seed {seed} {asked.rows[idea]}"
     data = ["--data", args.data] if args.data else []
-    folder = args.out / args.table / name(idea, seed)
+    folder = args.out / args.table / file_name(f"{idea} {seed}")
     methods = REPLACED.get(idea)
     with mock.patch.multiple(Codebook, **methods) if methods else nullcontext():
         return trained(COMMANDS[asked.command], folder, [*flags.split(), *data])
@@ -121,11 +120,6 @@ def answer(run, question, asked):
         return interpret(["--run", str(run.folder), *shlex.split(question)])
     measured = "control_mlp" in asked.columns
     return run.summary | (controls(run, torch.Generator(), seed=0) if measured else {})
-
-
-def name(idea, seed):
-    """Of a run's folder."""
-    return "-".join(re.findall(r"\w+", f"{idea} {seed}"))
 
 
 if __name__ == "__main__":

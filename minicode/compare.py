@@ -22,7 +22,6 @@ Each row is kept, in its dense twin's folder: stopped, the command goes on with 
 
 import argparse
 import json
-import re
 from functools import cache
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from minicode.runtime.streams import outlive
 from minicode.study.features import Features, replaced
 from minicode.study.judge import COLUMNS, held_out, judge, mean_differences, neurons
 from minicode.study.methods import READ, read
-from minicode.study.over_seeds import cells, draw, table, trained
+from minicode.study.over_seeds import cells, draw, file_name, table, trained
 from minicode.train_fsm import main as train_fsm
 
 CODEBOOKS = {"codebooks, pursuit": "pursuit", "codebooks, nearest": "nearest"}
@@ -112,7 +111,7 @@ def title(method, k):
 
 
 def name(method, k):
-    return "-".join(re.findall(r"\w+", title(method, k)))
+    return file_name(title(method, k))
 
 
 def fitted(args, method, k, seed):

@@ -1,5 +1,6 @@
 """Runs over several seeds: trained unless they were, and their figures as tables and charts."""
 
+import re
 import sys
 from collections import defaultdict
 
@@ -24,6 +25,11 @@ def trained(train, folder, flags):
     run = load_run(folder)
     note_unlearnt(run)
     return run
+
+
+def file_name(text):
+    """The words of a text, joined by hyphens."""
+    return "-".join(re.findall(r"\w+", text))
 
 
 def table(corner, columns, rows):
