@@ -36,18 +36,20 @@ def elsewhere(run, recording, kinds, paths):
     best = detect(recording, labels, names).f1.argmax(0)
     places = {"held-out stories": (recording.tokens, *of_stories(labels))}
     size = n_recorded(run), run.config.block_size
-    for place, told in ("two topics", two_topics()), ("other words", in_other_words()):
+    in_other_words = map(stories().in_other_words, count(step=HELD_OUT))
+    for place, told in ("two topics", two_topics()), ("other words", in_other_words):
         tokens, labels = run.data.windows_of(told, *size)
         places[f"stories, {place}"] = (tokens, *of_stories(labels))
     for path in paths:
         places[path] = of_file(run.data, path, 3 * size[0], size[1])
     result = {}
     for place, (tokens, about, among) in bar(places.items(), desc="elsewhere"):
-        found = record_codes(run.model, tokens)
+        found = recording if tokens is recording.tokens else record_codes(run.model, tokens)
         rows = [counts(found, code, topic, among) for code, topic in zip(best, about)]
-        result[place] = measures(np.sum(rows, axis=0)) | {"tokens": tokens.size, "codes": {}}
+        codes = {}
         for name, code, row in zip(names, best, rows):
-            result[place]["codes"][name] = {"code": str(found.names[code]), **measures(row)}
+            codes[name] = {"code": str(found.names[code]), **measures(row)}
+        result[place] = {**measures(np.sum(rows, axis=0)), "tokens": tokens.size, "codes": codes}
     return result, describe(result)
 
 
@@ -84,10 +86,6 @@ def two_topics():
         first, *others = dict.fromkeys(topic for _, topic in story if topic)
         if others:
             yield [(sentence, topic if topic != first else None) for sentence, topic in story]
-
-
-def in_other_words():
-    return map(stories().in_other_words, count(step=HELD_OUT))
 
 
 def of_file(data, path, n, length):
