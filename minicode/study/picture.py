@@ -117,8 +117,11 @@ class Sheet(Drawing):
     def cell(self, x, y, number, forced):
         """What a code stands for, in two lines; empty where no label fits."""
         kind, name = self.labels.get(number, ("", ""))
-        ink = "on" if forced else "ink"
-        color = "forced" if forced else "tint" if name else "bare"
+        color = "tint" if name else "bare"
+        ink = "ink"
+        if forced:
+            color = "forced"
+            ink = "on"
         box = f"M{x + 5} {y + 4}h{CELL - 10}v{ROW - 12}h{10 - CELL}z"
         self.shape(box, f"{color} filled", 6)
         middle = x + CELL / 2
